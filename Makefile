@@ -1,0 +1,50 @@
+# `make` prints the targets. Everything runs inside $(VENV); nothing is installed elsewhere.
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+BIN      := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+export DO_NOT_TRACK = true
+export MLFLOW_DISABLE_TELEMETRY = true
+export DVC_NO_ANALYTICS = 1
+export GX_ANALYTICS_ENABLED = false
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-fast check format ui
+
+help:         ## print this list
+	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
+
+setup: $(VENV)/.ready  ## create .venv and install everything under the pins of constraints.txt
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[test]' 2>&1 | { grep -v 'is ignored: it is neither a file' || true; }
+	@$(BIN)/python -c 'import torch, transformers, dvc, prefect, mlflow, great_expectations'
+	@test -e .git || $(BIN)/dvc config --local core.no_scm true
+	@touch $@
+
+run: setup    ## the whole pipeline through the Prefect flow: data, models, report, registry
+	@$(BIN)/python -m flows.align
+
+test: setup   ## every test, the whole reduced pipeline included
+	@$(BIN)/python -m pytest
+
+test-fast: setup ## the tests that take seconds
+	@$(BIN)/python -m pytest -m "not slow"
+
+check: setup  ## ruff and mypy; edits nothing
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup ## let ruff rewrite the files
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+ui: setup     ## start the Prefect and MLflow servers on loopback and print their addresses
+	@$(BIN)/python -m flows.ui

@@ -1,0 +1,59 @@
+"""Where and how tensors are computed: device, precision, threads, determinism, and the budget of one forward pass."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from apprentice.config import ComputeConfig
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass."""
+
+    device: torch.device
+    dtype: torch.dtype
+    forward_tokens: int = 16384
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision where `dtype` asks for it: weights stay float32, matrix products are cast."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def micro_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Split row numbers into groups of similar length, each within `forward_tokens` once padded; longest group first."""
+        order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+        group: list[int] = []
+        for row in order:
+            if group and (len(group) + 1) * lengths[group[0]] > self.forward_tokens:
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
+
+
+def set_up(config: ComputeConfig) -> Compute:
+    """Resolve `auto`, set the threads, and turn deterministic algorithms on for this process.
+
+    Raises ValueError when a named device is not there.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, found in there.items() if found) if config.device == "auto" else config.device
+    if not there[kind]:
+        found = ", ".join(name for name, yes in there.items() if yes)
+        raise ValueError(f"compute.device: expected a device of this machine ({found}), got {kind!r}")
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and kind == "cuda")
+    return Compute(torch.device(kind), torch.bfloat16 if bf16 else torch.float32, config.forward_tokens)
+
+
+CPU = Compute(torch.device("cpu"), torch.float32)

@@ -1,0 +1,107 @@
+"""Rows of prompt and response: the one schema, its files, its ids and its split.
+
+An id is a hash of the content, the split a hash of the prompt alone: adding rows moves no other row, and one prompt never
+lies on both sides.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+Split = Literal["train", "validation", "evaluation"]
+QUALITIES = ("expert", "mixed", "poor")  # the closed set of quality classes
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One canonical row.
+
+    `prompt` is text or a list of chat messages ({"role", "content"}); `response` is None where only the prompt is known;
+    `answer` serves a verifier, `quality` one of QUALITIES, `source` where the row came from (file:line), `meta` the rest
+    (`domain`, `kind`, `verifier` in evaluation rows).
+    """
+
+    id: str
+    prompt: Prompt
+    response: str | None
+    source: str
+    quality: str | None = None
+    answer: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def demonstration(prompt: Prompt, response: str | None, source: str, **optional: Any) -> Demonstration:
+    """Make a row; its id is the hash of prompt and response."""
+    return Demonstration(digest([prompt, response])[:16], prompt, response, source, **optional)
+
+
+def digest(value: Any) -> str:
+    """Hex hash of a JSON value; equal values give equal hashes."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def prompt_id(prompt: Prompt) -> str:
+    """The key of a prompt, whatever its responses."""
+    return digest(prompt)[:16]
+
+
+def split_of(prompt: Prompt, validation_share: float, evaluation_share: float) -> Split:
+    """Where a prompt belongs, for ever: decided by its hash alone."""
+    place = int(digest(["split", prompt])[:12], 16) / 16**12
+    if place < evaluation_share:
+        return "evaluation"
+    return "validation" if place < evaluation_share + validation_share else "train"
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The prompt as one text, for lengths and for reading."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that appears under its name only when it is whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    with atomic_write(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file that `write_jsonl` wrote."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_demonstrations(path: Path, rows: Iterable[Demonstration]) -> None:
+    """Write a table of the canonical schema."""
+    write_jsonl(path, (asdict(row) for row in rows))
+
+
+def read_demonstrations(path: Path) -> list[Demonstration]:
+    """Read a table of the canonical schema."""
+    return [Demonstration(**row) for row in read_jsonl(path)]

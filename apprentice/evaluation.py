@@ -1,0 +1,138 @@
+"""Measure one model on held-out prompts: a row of figures per prompt, so that models can be compared in pairs.
+
+The verifier is used here and nowhere else.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apprentice.compute import Compute
+from apprentice.masking import masked_sum
+from apprentice.policy import score
+from apprentice.sampling import Request, Rollout, sample
+from apprentice.tokens import Batch
+
+Verify = Callable[[int, list[int]], bool]  # (number of the question, response ids without end token) -> right or wrong
+Verdict = bool | None  # None: no verifier for this question
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Held-out prompts: token ids, keys, and the end token."""
+
+    ids: Sequence[Sequence[int]]
+    keys: Sequence[str]
+    end: int
+
+
+def respond(
+    model: PreTrainedModel,
+    questions: Questions,
+    *,
+    samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: str,
+    compute: Compute,
+) -> Rollout:
+    """`samples` responses to each question, question by question; temperature 0 is greedy."""
+    requests = [Request(ids, key, n) for ids, key in zip(questions.ids, questions.keys, strict=True) for n in range(samples)]
+    return sample(
+        model,
+        requests,
+        seed=seed,
+        end=questions.end,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        compute=compute,
+    )
+
+
+def verdicts(rollout: Rollout, samples: int, checkable: Sequence[bool], verify: Verify) -> list[list[Verdict]]:
+    """Per question, whether each of its samples is right; a response cut off by the limit is wrong."""
+    ids, ended = response_ids(rollout), rollout.ended.tolist()
+    return [
+        [
+            (ended[i] and verify(question, ids[i])) if known else None
+            for i in range(question * samples, (question + 1) * samples)
+        ]
+        for question, known in enumerate(checkable)
+    ]
+
+
+def sample_metrics(
+    rollout: Rollout, logps: Mapping[str, Tensor], right: Sequence[Sequence[Verdict]]
+) -> list[dict[str, float | None]]:
+    """Per question, over its samples: self_reward, kl_to_sft, kl_to_base, length, eos_rate, distinct_2 and, where `right` is
+    known, sampled_accuracy, pass_at_k and self_reward_auc.
+
+    `logps`: [N, T] of the samples under `model`, `sft` and `base`, all at temperature 1.
+    """
+    samples = len(right[0])
+    mask, lengths = rollout.batch.mask, rollout.batch.response_lengths
+    sums = {name: masked_sum(values, mask).view(-1, samples) for name, values in logps.items()}
+    rewards = sums["sft"] - sums["base"]
+    columns = {
+        "self_reward": rewards.mean(1).tolist(),
+        "kl_to_sft": (sums["model"] - sums["sft"]).mean(1).tolist(),
+        "kl_to_base": (sums["model"] - sums["base"]).mean(1).tolist(),
+        "length": lengths.float().view(-1, samples).mean(1).tolist(),
+        "eos_rate": rollout.ended.float().view(-1, samples).mean(1).tolist(),
+    }
+    ids = response_ids(rollout)
+    columns["distinct_2"] = [distinct(ids[i : i + samples], 2) for i in range(0, len(ids), samples)]
+    return [
+        {**_correctness(verdict, reward), **{name: values[question] for name, values in columns.items()}}
+        for question, (verdict, reward) in enumerate(zip(right, rewards.tolist(), strict=True))
+    ]
+
+
+def _correctness(right: Sequence[Verdict], rewards: Sequence[float]) -> dict[str, float | None]:
+    names = ("sampled_accuracy", f"pass_at_{len(right)}", "self_reward_auc")
+    if None in right:
+        return dict.fromkeys(names)
+    positive = [r for r, ok in zip(rewards, right, strict=True) if ok]
+    negative = [r for r, ok in zip(rewards, right, strict=True) if not ok]
+    return dict(zip(names, (len(positive) / len(right), float(any(right)), auc(positive, negative)), strict=True))
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
+    """Probability that a positive scores above a negative, ties a half; None unless there are both."""
+    if not positive or not negative:
+        return None
+    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
+    return wins / (len(positive) * len(negative))
+
+
+def distinct(responses: Sequence[Sequence[int]], n: int) -> float | None:
+    """Distinct n-grams over all n-grams of several responses; None when there is none."""
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """Token ids of each response, the end token left out where there is one."""
+    ids, lengths, ended = (
+        rollout.batch.responses.tolist(),
+        rollout.batch.response_lengths.tolist(),
+        rollout.ended.tolist(),
+    )
+    return [row[: n - 1 if done else n] for row, n, done in zip(ids, lengths, ended, strict=True)]
+
+
+def held_out_losses(model: PreTrainedModel, batch: Batch, compute: Compute) -> list[float]:
+    """Nats per response token of each held-out demonstration."""
+    losses: list[float] = (-score(model, batch, compute).sum(1) / batch.response_lengths).tolist()
+    return losses
+
+
+def frozen_logps(models: Mapping[str, PreTrainedModel], batch: Batch, compute: Compute) -> dict[str, Tensor]:
+    """[N, T] log-probabilities of a batch under each model; a model given twice is scored once."""
+    done: dict[int, Tensor] = {}
+    for model in models.values():
+        if id(model) not in done:
+            done[id(model)] = score(model, batch, compute)
+    return {name: done[id(model)] for name, model in models.items()}

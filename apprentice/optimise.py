@@ -1,0 +1,73 @@
+"""One optimiser step: AdamW under a schedule, gradients clipped by norm."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+Schedule = Callable[[int], float]
+
+
+def linear_decay(total: int, warmup_share: float, floor: float = 0.1) -> Schedule:
+    """Factor of the learning rate at a step: up over the first `warmup_share` of `total`, then linearly down to `floor`."""
+    warmup = max(1.0, warmup_share * total)
+    return lambda step: min(1.0, (step + 1) / warmup) * max(floor, 1 - step / total)
+
+
+def flat_then_decay(total: int, warmup_steps: int, flat_share: float = 0.4, floor: float = 0.03) -> Schedule:
+    """Warm up, hold until `flat_share` of the steps, then fall linearly towards zero, not below `floor`."""
+
+    def factor(step: int) -> float:
+        progress = step / total
+        decay = 1.0 if progress < flat_share else max(floor, (1 - progress) / (1 - flat_share))
+        return min(1.0, (step + 1) / max(1, warmup_steps)) * decay
+
+    return factor
+
+
+def constant(step: int) -> float:
+    """No schedule."""
+    return 1.0
+
+
+class Optimiser:
+    """AdamW (betas .9, .95) with a schedule and gradient clipping; its state can be saved and put back."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        max_grad_norm: float,
+        schedule: Schedule = constant,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.learning_rate, self.max_grad_norm, self.schedule = learning_rate, max_grad_norm, schedule
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+        )
+        self.steps = 0
+
+    def step(self) -> dict[str, float]:
+        """Clip the gradients gathered so far, step, and clear them; returns grad_norm (before clipping) and learning_rate."""
+        rate = self.learning_rate * self.schedule(self.steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.steps += 1
+        return {"grad_norm": float(norm), "learning_rate": rate}
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        moments = {str(i): values for i, values in self.adamw.state_dict()["state"].items()}
+        return {"steps": self.steps, "moments": moments}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put a saved state back."""
+        self.steps = state["steps"]
+        whole = self.adamw.state_dict()
+        whole["state"] = {int(i): values for i, values in state["moments"].items()}
+        self.adamw.load_state_dict(whole)

@@ -1,0 +1,163 @@
+"""A causal language model as a policy: load, save, freeze; log-probabilities of responses; the critic."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from apprentice.compute import CPU, Compute
+from apprentice.tokens import Batch
+
+PINNED = "pinned.json"  # in a model folder: the checkpoint stands elsewhere, named by revision and hashes
+
+
+@dataclass(frozen=True)
+class ResponseScores:
+    """logps: [B, T] log-probabilities of the response tokens, fp32, 0 in the padding. entropy: [B, T] nats, or None."""
+
+    logps: Tensor
+    entropy: Tensor | None
+
+
+def checkpoint_arguments(folder: Path) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model folder, pinned ones resolved. Raises ValueError if a pinned file changed."""
+    pinned = folder / PINNED
+    if not pinned.exists():
+        return {"pretrained_model_name_or_path": str(folder)}
+    origin = json.loads(pinned.read_text())
+    if Path(origin["checkpoint"]).is_dir() and file_hashes(Path(origin["checkpoint"])) != origin["files"]:
+        raise ValueError(f"{origin['checkpoint']} has changed since it was pinned; run `dvc repro --force pretrain`")
+    return {"pretrained_model_name_or_path": origin["checkpoint"], "revision": origin["revision"]}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint folder, by name."""
+    hashes = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def load_policy(folder: Path, compute: Compute = CPU) -> PreTrainedModel:
+    """Load a checkpoint: safetensors only, no code of its own, float32 weights, dropout off."""
+    model = AutoModelForCausalLM.from_pretrained(
+        **checkpoint_arguments(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(compute.device).eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that stands beside a checkpoint."""
+    return AutoTokenizer.from_pretrained(**checkpoint_arguments(folder), trust_remote_code=False)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a scorer of a model: dropout off, no gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    """Write a Hugging Face checkpoint with tokenizer, chat template, generation config and model card.
+
+    The folder appears under its name only when it is whole.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card)
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    partial.rename(folder)
+
+
+def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """log_softmax(logits)[ids] in fp32: logits [..., V], ids [...]."""
+    logits = logits.float()
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next-token distribution in nats: logits [..., V] to [...]."""
+    logps = logits.float().log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+def response_scores(
+    model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperature: float = 1.0, entropy: bool = False
+) -> ResponseScores:
+    """Score the response tokens of a batch in one forward pass, with gradient where the model takes one.
+
+    The logits of token t come from the position before it; positions before the shortest prompt's end are never
+    projected to the vocabulary. The entropy carries no gradient.
+    """
+    first = int(batch.prompt_lengths.min())
+    width = batch.ids.size(1)
+    keep = torch.arange(first - 1, width - 1, device=batch.ids.device)
+    with compute.autocast():
+        logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep).logits
+    logits = logits / temperature if temperature != 1.0 else logits
+    columns, mask = batch.response_positions() - first, batch.mask
+    logps = token_logps(logits, batch.ids[:, first:]).gather(1, columns) * mask
+    if not entropy:
+        return ResponseScores(logps, None)
+    with torch.no_grad():
+        return ResponseScores(logps, token_entropy(logits.detach()).gather(1, columns) * mask)
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperature: float = 1.0) -> Tensor:
+    """[B, T] log-probabilities under a frozen model, in micro-batches of similar length."""
+    logps = torch.zeros(batch.mask.shape, device=batch.ids.device)
+    for rows in compute.micro_batches(batch.lengths()):
+        part = response_scores(model, batch.rows(rows), compute, temperature).logps
+        logps[rows, : part.size(1)] = part
+    return logps
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+class Critic(nn.Module):
+    """Values of response positions: the trunk of a language model under a scalar head that starts at zero."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = copy.deepcopy(model.base_model).requires_grad_(True)
+        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Batch, compute: Compute = CPU) -> Tensor:
+        """[B, T] values, each read at the position before its token is produced; 0 in the padding."""
+        with compute.autocast():
+            hidden = self.trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
+        values = self.head(hidden.float()).squeeze(-1)
+        return values.gather(1, batch.response_positions() - 1) * batch.mask
+
+
+@torch.no_grad()
+def values_of(critic: Critic, batch: Batch, compute: Compute = CPU) -> Tensor:
+    """[B, T] values in micro-batches of similar length."""
+    values = torch.zeros(batch.mask.shape, device=batch.ids.device)
+    for rows in compute.micro_batches(batch.lengths()):
+        part = critic(batch.rows(rows), compute)
+        values[rows, : part.size(1)] = part
+    return values
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of responses, special tokens left out."""
+    texts: list[str] = tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
+    return texts

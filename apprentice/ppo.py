@@ -1,0 +1,226 @@
+"""Self-Rewarding PPO (2510.21090): PPO whose reward is log pi_sft - log pi_base, from demonstrations alone.
+
+Each iteration: sample responses, score them, place the reward, penalise KL to the anchor, estimate advantages, take clipped
+steps on policy and critic. Reward target, reward baseline and KL anchor are three separate roles.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apprentice.advantages import explained_variance, gae, mean_per_response
+from apprentice.compute import Compute
+from apprentice.config import SRPPOConfig
+from apprentice.losses import clipped_policy_loss, value_loss
+from apprentice.masking import masked_mean, whiten
+from apprentice.optimise import Optimiser
+from apprentice.policy import Critic, response_scores, score, values_of, weights
+from apprentice.recorder import Recorder, Row, State
+from apprentice.rewards import kl_penalty, length_slope, place, self_reward, split_by_class, token_rewards
+from apprentice.sampling import Request, Rollout, sample
+from apprentice.tokens import Batch
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The on-policy pool. ids: token ids of each prompt. keys: prompt ids. end: the end token. classes: [V] class of each
+    token, with `class_names`, by which the reward is split in the diagnostics."""
+
+    ids: Sequence[Sequence[int]]
+    keys: Sequence[str]
+    end: int
+    classes: Tensor
+    class_names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the updates of one iteration learn from; all but the batch are [B, T] and carry no gradient."""
+
+    batch: Batch
+    mask: Tensor
+    old_logps: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+class SelfRewardingPPO:
+    """The state of one run: policy, critic, their optimisers, the scale of the values, and the iteration reached.
+
+    `scorers` holds the frozen models by name; the three roles of the config and `sft` and `base` must be among them.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        scorers: Mapping[str, PreTrainedModel],
+        prompts: Prompts,
+        config: SRPPOConfig,
+        *,
+        seed: int,
+        compute: Compute,
+    ) -> None:
+        self.policy, self.scorers, self.prompts, self.config = policy, scorers, prompts, config
+        self.seed, self.compute = seed, compute
+        self.critic = Critic(scorers[config.critic_init])
+        self.policy_optimiser = Optimiser(policy.parameters(), config.learning_rate, config.max_grad_norm)
+        self.critic_optimiser = Optimiser(self.critic.parameters(), config.critic_learning_rate, config.max_grad_norm)
+        self.value_scale: float | None = None
+        self.iteration = 0
+
+    def train(self, recorder: Recorder) -> dict[str, Any]:
+        """Run to the last iteration or until the KL stop; returns the last row and why it stopped."""
+        if saved := recorder.resume():
+            self.restore(saved)
+        stopped = "iterations"
+        while self.iteration < self.config.iterations:
+            rollout = self.sample()
+            row, experience = self.evaluate(rollout)
+            if self.config.kl_stop is not None and row["kl_to_anchor"] > self.config.kl_stop:
+                stopped = "kl_stop"
+                break
+            if row["reward_std"] < self.config.reward_std_floor:
+                recorder.warn(
+                    f"iteration {self.iteration + 1}: reward std {row['reward_std']:.2g} is below reward_std_floor "
+                    f"{self.config.reward_std_floor:g}: the SFT model hardly differs from the base; advantages stay unwhitened"
+                )
+            row |= self.update(experience)
+            self.iteration += 1
+            recorder.step(self.iteration, self.config.iterations, dict(row), self.state)
+        return {"iterations": self.iteration, "stopped_by": stopped, "kl_to_anchor": row["kl_to_anchor"]}
+
+    def sample(self) -> Rollout:
+        """Draw prompts from the pool and one response to each from the policy."""
+        rng = random.Random(f"{self.seed}/srppo/{self.iteration}")
+        size, pool = self.config.batch_size, range(len(self.prompts.ids))
+        chosen = rng.sample(pool, size) if size <= len(pool) else rng.choices(pool, k=size)
+        requests = [Request(self.prompts.ids[i], self.prompts.keys[i], n) for n, i in enumerate(chosen)]
+        return sample(
+            self.policy,
+            requests,
+            seed=f"{self.seed}/srppo/{self.iteration}",
+            end=self.prompts.end,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            compute=self.compute,
+        )
+
+    def evaluate(self, rollout: Rollout) -> tuple[Row, Experience]:
+        """Score a rollout: reward, KL penalty, values, advantages; with the diagnostics of the iteration."""
+        config, batch, mask = self.config, rollout.batch, rollout.batch.mask
+        old_logps = self._old_logps(rollout)
+        logps = {name: score(model, batch, self.compute) for name, model in self.scorers.items()}
+        anchor = logps[config.kl_anchor]
+        if config.temperature != 1.0:  # ratio and KL at the sampling temperature, the reward always at 1
+            anchor = score(self.scorers[config.kl_anchor], batch, self.compute, config.temperature)
+        parts = token_rewards(logps[config.reward_target], logps[config.reward_baseline], mask, config.baseline_weight)
+        placed = place(parts, mask, rollout.ended, config.placement, config.span, config.missing_eos_reward)
+        rewards = placed - config.kl_coef * kl_penalty(old_logps, anchor, mask, config.kl_estimator)
+        if self.value_scale is None:
+            self.value_scale = max(config.reward_std_floor, float(rewards.sum(1).std(correction=0)))
+        values = values_of(self.critic, batch, self.compute) * self.value_scale
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+        raw = self_reward(parts, mask, config.span)
+        trusted = float(raw.std(correction=0)) >= config.reward_std_floor
+        advantages = whiten(advantages, mask) if config.whiten and trusted else advantages / self.value_scale
+        row: Row = {
+            "reward": float(raw.mean()),
+            "reward_std": float(raw.std(correction=0)),
+            "reward_length_slope": length_slope(raw, batch.response_lengths),
+            **self._by_class(parts, mask, batch),
+            "kl_to_sft": mean_per_response(old_logps - logps["sft"], mask),
+            "kl_to_base": mean_per_response(old_logps - logps["base"], mask),
+            "kl_to_anchor": mean_per_response(old_logps - anchor, mask),
+            "explained_variance": explained_variance(values, returns, mask),
+            "length": float(batch.response_lengths.float().mean()),
+            "eos_rate": float(rollout.ended.float().mean()),
+        }
+        scale = self.value_scale
+        return row, Experience(batch, mask, old_logps, values / scale, advantages, returns / scale)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """The clipped steps of one iteration on policy and critic; returns the means of their metrics."""
+        steps: list[dict[str, float]] = []
+        for epoch in range(self.config.epochs):
+            for rows in self._minibatches(len(experience.batch.ids), epoch):
+                steps.append(self._minibatch_step(experience, rows))
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+
+    def _minibatch_step(self, experience: Experience, rows: list[int]) -> dict[str, float]:
+        config, metrics = self.config, dict[str, float]()
+        count = float(experience.mask[rows].sum())
+        for micro in self._micro_batches(experience.batch, rows):
+            batch = experience.batch.rows(micro)
+            mask = batch.mask
+            old_logps, old_values, advantages, returns = (
+                tensor[micro, : mask.size(1)]
+                for tensor in (experience.old_logps, experience.old_values, experience.advantages, experience.returns)
+            )
+            scores = response_scores(self.policy, batch, self.compute, config.temperature, entropy=True)
+            loss, policy = clipped_policy_loss(scores.logps, old_logps, advantages, mask, config.clip_range, count)
+            loss.backward()
+            values = self.critic(batch, self.compute)
+            loss, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+            loss.backward()
+            assert scores.entropy is not None
+            for name, value in {**policy, **critic, "entropy": masked_mean(scores.entropy, mask, count)}.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        metrics["grad_norm"] = self.policy_optimiser.step()["grad_norm"]
+        self.critic_optimiser.step()
+        return metrics
+
+    def _minibatches(self, size: int, epoch: int) -> list[list[int]]:
+        """A fresh permutation of the rollout's rows each epoch, cut into minibatches."""
+        order = random.Random(f"{self.seed}/srppo/{self.iteration}/{epoch}").sample(range(size), size)
+        return [order[i : i + self.config.minibatch_size] for i in range(0, size, self.config.minibatch_size)]
+
+    def _micro_batches(self, batch: Batch, rows: list[int]) -> list[list[int]]:
+        lengths = batch.lengths()
+        return [[rows[i] for i in group] for group in self.compute.micro_batches([lengths[row] for row in rows])]
+
+    def _old_logps(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the behaviour policy: recorded while sampling, or computed again at the shapes of the first
+        epoch's micro-batches, where bfloat16 would otherwise move the ratio away from 1."""
+        recorded = self.compute.dtype == torch.float32
+        if self.config.old_logps != "auto":
+            recorded = self.config.old_logps == "recorded"
+        if recorded:
+            return rollout.logps
+        logps = torch.zeros_like(rollout.logps)
+        with torch.no_grad():
+            for rows in self._minibatches(len(rollout.batch.ids), 0):
+                for micro in self._micro_batches(rollout.batch, rows):
+                    part = response_scores(self.policy, rollout.batch.rows(micro), self.compute, self.config.temperature)
+                    logps[micro, : part.logps.size(1)] = part.logps
+        return logps
+
+    def _by_class(self, parts: Tensor, mask: Tensor, batch: Batch) -> dict[str, float]:
+        shares = split_by_class(
+            parts, mask, self.prompts.classes.to(mask.device)[batch.responses], len(self.prompts.class_names)
+        )
+        return {f"reward_{name}": share for name, share in zip(self.prompts.class_names, shares, strict=True)}
+
+    def state(self) -> State:
+        """Everything a resumed run needs."""
+        return {
+            "policy": weights(self.policy),
+            "critic": weights(self.critic),
+            "policy_optimiser": self.policy_optimiser.state(),
+            "critic_optimiser": self.critic_optimiser.state(),
+            "value_scale": self.value_scale,
+            "iteration": self.iteration,
+        }
+
+    def restore(self, state: State) -> None:
+        """Put a saved state back."""
+        self.policy.load_state_dict(state["policy"], strict=False)
+        self.critic.load_state_dict(state["critic"], strict=False)
+        self.policy_optimiser.restore(state["policy_optimiser"])
+        self.critic_optimiser.restore(state["critic_optimiser"])
+        self.value_scale, self.iteration = state["value_scale"], state["iteration"]

@@ -1,0 +1,100 @@
+"""Preference optimisation on pairs against a frozen reference (RSO, 2309.06657; DPO, SLiC and IPO as losses)."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apprentice.compute import Compute
+from apprentice.config import RSOConfig
+from apprentice.losses import preference_loss
+from apprentice.masking import masked_sum
+from apprentice.optimise import Optimiser, linear_decay
+from apprentice.policy import response_scores, score, weights
+from apprentice.recorder import Recorder, State
+from apprentice.tokens import Batch
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs: row i of `chosen` and of `rejected` answer the same prompt; reference log-probabilities [N] are
+    sums over response tokens, computed once."""
+
+    chosen: Batch
+    rejected: Batch
+    reference_chosen_logps: Tensor
+    reference_rejected_logps: Tensor
+
+
+def with_reference(reference: PreTrainedModel, chosen: Batch, rejected: Batch, compute: Compute) -> Pairs:
+    """Score both sides under the reference, by the same code and precision as training."""
+    return Pairs(
+        chosen,
+        rejected,
+        score(reference, chosen, compute).sum(1),
+        score(reference, rejected, compute).sum(1),
+    )
+
+
+def optimise_preferences(
+    policy: PreTrainedModel, pairs: Pairs, config: RSOConfig, *, seed: int, compute: Compute, recorder: Recorder
+) -> dict[str, Any]:
+    """Train `policy` in place; returns loss, accuracy and margin averaged over the last epoch.
+
+    Rows: loss, accuracy, margin, chosen_logps, rejected_logps (means over pairs), grad_norm, learning_rate, epoch. Expect
+    chosen_logps to fall too: the loss only asks for the gap.
+    """
+    size = len(pairs.chosen.ids)
+    batches = -(-size // config.batch_size)
+    total = config.epochs * batches
+    optimiser = Optimiser(
+        policy.parameters(), config.learning_rate, config.max_grad_norm, linear_decay(total, config.warmup_share)
+    )
+    start, tail = 0, list[dict[str, float]]()
+    if saved := recorder.resume():
+        policy.load_state_dict(saved["policy"], strict=False)
+        optimiser.restore(saved["optimiser"])
+        start, tail = saved["step"], saved["tail"]
+
+    def state() -> State:
+        return {"policy": weights(policy), "optimiser": optimiser.state(), "step": step + 1, "tail": tail}
+
+    for step in range(start, total):
+        epoch, place = divmod(step, batches)
+        order = random.Random(f"{seed}/rso/{epoch}").sample(range(size), size)
+        rows = order[place * config.batch_size : (place + 1) * config.batch_size]
+        metrics = preference_step(policy, pairs, rows, config, compute)
+        tail = [*tail, metrics][-batches:]
+        recorder.step(step + 1, total, {**metrics, **optimiser.step(), "epoch": epoch + 1}, state)
+    return {name: sum(row[name] for row in tail) / len(tail) for name in ("loss", "accuracy", "margin")}
+
+
+def preference_step(
+    policy: PreTrainedModel, pairs: Pairs, rows: list[int], config: RSOConfig, compute: Compute
+) -> dict[str, float]:
+    """Gather the gradient of the mean loss over the pairs in `rows`, micro-batch by micro-batch; returns its metrics."""
+    chosen, rejected = pairs.chosen.lengths(), pairs.rejected.lengths()
+    totals: dict[str, float] = {}
+    for group in compute.micro_batches([chosen[row] + rejected[row] for row in rows]):
+        index = torch.tensor([rows[i] for i in group])
+        loss, metrics = preference_loss(
+            _summed_logps(policy, pairs.chosen.rows(index), compute),
+            _summed_logps(policy, pairs.rejected.rows(index), compute),
+            pairs.reference_chosen_logps[index],
+            pairs.reference_rejected_logps[index],
+            config.loss,
+            config.gamma,
+            count=len(rows),
+        )
+        loss.backward()
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
+
+
+def _summed_logps(policy: PreTrainedModel, batch: Batch, compute: Compute) -> Tensor:
+    scores = response_scores(policy, batch, compute)
+    return masked_sum(scores.logps, batch.mask)

@@ -1,0 +1,75 @@
+"""Statistical rejection sampling over scored candidates, and the pairs made of those accepted (RSO, 2309.06657, algorithm 1).
+
+Works on positions, never on texts: equal texts stay separate draws. Departure from the paper's code: a pool that runs dry
+returns fewer and says so.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Pairing = Literal["first_round", "tournament"]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """positions: candidates accepted, in order of acceptance. rounds: passes over the pool. trials, hits: acceptance tests
+    made and passed in the first round, whose rate estimates E[exp((r - r_max) / beta)]."""
+
+    positions: list[int]
+    rounds: int
+    trials: int
+    hits: int
+
+
+def rejection_sample(rewards: Sequence[float], count: int, beta: float, rng: random.Random) -> Accepted:
+    """Accept up to `count` candidates with probability exp((r - r_max) / beta), r_max over those left, round by round.
+
+    beta = 0 takes the best, ties at random; candidates of reward -inf or NaN are never accepted. A pool smaller than
+    `count` returns all it has.
+    """
+    pool = [i for i, reward in enumerate(rewards) if reward > -math.inf]
+    if beta == 0:
+        rng.shuffle(pool)
+        best = sorted(pool, key=lambda i: -rewards[i])[:count]
+        return Accepted(best, min(1, len(best)), len(pool), len(best))
+    accepted: list[int] = []
+    rounds = trials = hits = 0
+    while pool and len(accepted) < count:
+        rounds += 1
+        highest = max(rewards[i] for i in pool)
+        left = []
+        for place, i in enumerate(pool):
+            if len(accepted) == count:
+                left += pool[place:]
+                break
+            taken = rng.random() < math.exp((rewards[i] - highest) / beta)
+            (accepted if taken else left).append(i)
+            if rounds == 1:
+                trials, hits = trials + 1, hits + taken
+        pool = left
+    return Accepted(accepted, rounds, trials, hits)
+
+
+def make_pairs(
+    positions: Sequence[int], rewards: Sequence[float], pairing: Pairing, rng: random.Random
+) -> list[tuple[int, int]]:
+    """Pair accepted candidates as (chosen, rejected) by reward, after a shuffle; an equal reward is a coin flip.
+
+    first_round: n // 2 disjoint pairs. tournament: winners play on until one is left, n - 1 pairs, a bye for odd counts.
+    """
+    players = list(positions)
+    rng.shuffle(players)
+    pairs: list[tuple[int, int]] = []
+    while len(players) > 1:
+        winners = []
+        for a, b in zip(players[::2], players[1::2], strict=False):
+            first = rng.random() < 0.5 if rewards[a] == rewards[b] else rewards[a] > rewards[b]
+            pairs.append((a, b) if first else (b, a))
+            winners.append(pairs[-1][0])
+        if pairing == "first_round":
+            break
+        players = winners + players[len(players) - len(players) % 2 :]
+    return pairs

@@ -1,0 +1,166 @@
+"""One sampler for every stage: batched, cached, log-probabilities recorded on the way, finished rows leave the batch.
+
+A draw is keyed by (seed, prompt id, sample index, position) and inverts the CDF, so it depends on no batch mate, resume point
+or number of processes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from apprentice.compute import CPU, Compute
+from apprentice.policy import token_logps
+from apprentice.tokens import Batch, collate
+
+_LEAVE_SHARE = 0.1  # finished rows leave once they are this share of the batch: each leaving copies the cache
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample from: prompt ids, the prompt's key, and which of its samples this is."""
+
+    prompt: Sequence[int]
+    key: str
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses. batch: prompts and responses. logps: [B, T] of the sampling distribution. ended: [B] bool, the end
+    token came before the limit; it is then the last response token."""
+
+    batch: Batch
+    logps: Tensor
+    ended: Tensor
+
+
+def uniforms(keys: Tensor, position: int) -> Tensor:
+    """[B] int64 row keys to [B] float64 in [0, 1): splitmix64 of key and position, the same on every device."""
+    x = keys + (position + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return _shift(x ^ _shift(x, 31), 11).double() / 2**53
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def row_key(seed: str, request: Request) -> int:
+    """The 64-bit key of one row's draws."""
+    text = f"{seed}\0{request.key}\0{request.sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Invert the CDF: logits [B, V], uniform [B] to token ids [B]."""
+    cdf = logits.float().softmax(-1).double().cumsum(-1)
+    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    return token.clamp(max=logits.size(-1) - 1)
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    *,
+    seed: str,
+    end: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    compute: Compute = CPU,
+) -> Rollout:
+    """Sample one response for each request (temperature 0: greedy).
+
+    Requests with the same prompt share one pass over it. Raises ValueError for an empty list.
+    """
+    if not requests:
+        raise ValueError("sample: expected at least one request, got none")
+    responses: list[list[int]] = [[]] * len(requests)
+    logps: list[Tensor] = [torch.empty(0)] * len(requests)
+    widths = [len(request.prompt) + max_new_tokens for request in requests]
+    for rows in compute.micro_batches(widths):
+        chunk = [requests[row] for row in rows]
+        tokens, scores = _decode(model, chunk, seed, end, max_new_tokens, temperature, compute)
+        for row, ids, values in zip(rows, tokens, scores, strict=True):
+            responses[row], logps[row] = ids, values
+    batch = collate([request.prompt for request in requests], responses, end)
+    ended = torch.tensor([ids[-1] == end for ids in responses])
+    padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)
+    device = compute.device
+    return Rollout(batch.to(device), padded.to(device), ended.to(device))
+
+
+def _decode(
+    model: PreTrainedModel,
+    requests: list[Request],
+    seed: str,
+    end: int,
+    limit: int,
+    temperature: float,
+    compute: Compute,
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Token ids (end token included) and their log-probabilities for one chunk."""
+    device, count = compute.device, len(requests)
+    logits, cache, attended, position = _prefill(model, requests, compute)
+    keys = torch.tensor([row_key(seed, request) for request in requests], device=device)
+    tokens = torch.full((count, limit), end, device=device)
+    logps = torch.zeros(count, limit, device=device)
+    lengths = torch.full((count,), limit, device=device)
+    live = torch.arange(count, device=device)
+    for step in range(limit):
+        scaled = logits.float() / (temperature or 1.0)
+        token = draw(scaled, uniforms(keys[live], step)) if temperature else scaled.argmax(-1)
+        going = lengths[live] == limit
+        tokens[live[going], step] = token[going]
+        logps[live[going], step] = token_logps(scaled, token)[going]
+        lengths[live[going & (token == end)]] = step + 1
+        going = lengths[live] == limit
+        if step == limit - 1 or not bool(going.any()):
+            break
+        if int((~going).sum()) >= _LEAVE_SHARE * len(live):
+            stay = going.nonzero().squeeze(-1)
+            live, token, attended, position = live[stay], token[stay], attended[stay], position[stay]
+            cache.batch_select_indices(stay)
+        attended = torch.cat([attended, attended.new_ones(len(live), 1)], 1)
+        with compute.autocast():
+            logits = model(
+                input_ids=token[:, None],
+                attention_mask=attended,
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        position = position + 1
+    tokens, logps, sizes = tokens.cpu(), logps.cpu(), lengths.tolist()
+    return [row[:n].tolist() for row, n in zip(tokens, sizes, strict=True)], [
+        row[:n].clone() for row, n in zip(logps, sizes, strict=True)
+    ]
+
+
+def _prefill(model: PreTrainedModel, requests: list[Request], compute: Compute) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    """One pass over the distinct prompts, left-padded, then one row of the cache for each request."""
+    places: dict[tuple[int, ...], int] = {}
+    rows = [places.setdefault(tuple(request.prompt), len(places)) for request in requests]
+    prompts = list(places)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=compute.device)
+    attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=compute.device)
+    cache = DynamicCache(config=model.config)
+    with compute.autocast():
+        logits = model(
+            input_ids=ids,
+            attention_mask=attended,
+            position_ids=(attended.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+    index = torch.tensor(rows, device=compute.device)
+    cache.batch_select_indices(index)
+    return logits[index], cache, attended[index], attended.sum(1)[index]

@@ -1,0 +1,185 @@
+"""Text to token ids: the tiny word tokenizer, the chat template, and the padded batch every later step takes.
+
+Prompt and response are tokenised apart, so no token spans their border. User text is always encoded as text: a special
+token written in it ends no turn and forges no role. A trained response ends in exactly one end token, which counts as part
+of the response.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from apprentice.demonstrations import QUALITIES, Message, Prompt
+from apprentice.masking import length_mask
+
+ROLES = ("system", "user", "assistant")
+JUDGEMENTS = ("yes", "no")
+SPECIAL = ("<pad>", "<bos>", "<eos>", *(f"<{name}>" for name in (*ROLES, *QUALITIES, *JUDGEMENTS)))
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message.role + '>' }}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_MARK = "\ue000"  # a private-use character that stands for a content while its template is rendered
+
+
+def train_word_tokenizer(texts: Iterable[str], max_words: int, known: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are whole words split at whitespace.
+
+    The vocabulary is `known`, then the most frequent words of `texts`, `max_words` in all; anything else is `<unk>`.
+    Reserved tokens (roles, quality classes, judge labels) come after the words.
+    """
+    counts = Counter(word for text in texts for word in text.split())
+    for word in known:
+        counts.pop(word, None)
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))
+    words = ["<unk>", *dict.fromkeys([*known, *frequent])][: max_words + 1]
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of prompts, up to where the response begins: by the chat template, else as plain text."""
+    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    if not chats:
+        return []
+    if tokenizer.chat_template is None:
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return [start + ids for ids in _encode_text(tokenizer, ["\n".join(m["content"] for m in chat) for chat in chats])]
+    rendered = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    encoded: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    special = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+    for row, chat in enumerate(chats):
+        if any(token in message["content"] for message in chat for token in special):
+            encoded[row] = _encode_around(tokenizer, chat)
+    return encoded
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of one prompt."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
+    """Token ids of responses, each with exactly one end token."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token; choose a checkpoint that has one")
+    return [[*ids, tokenizer.eos_token_id] for ids in _encode_text(tokenizer, responses)]
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
+    """Token ids of one response, the end token included."""
+    return encode_responses(tokenizer, [response])[0]
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return encoded
+
+
+def _encode_around(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> list[int]:
+    """Render the template with the contents left out, then encode template and contents apart."""
+    hollow = [{**message, "content": _MARK} for message in chat]
+    frame = tokenizer.apply_chat_template(hollow, tokenize=False, add_generation_prompt=True).split(_MARK)
+    if len(frame) != len(chat) + 1:
+        raise ValueError(
+            "a prompt holds the text of a special token and this tokenizer's chat template does not place every message "
+            f"exactly once, so it cannot be encoded safely: {chat}"
+        )
+    ids: list[int] = tokenizer(frame[0], add_special_tokens=False)["input_ids"]
+    for message, after in zip(chat, frame[1:], strict=True):
+        ids += _encode_text(tokenizer, [message["content"]])[0]
+        ids += tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def token_classes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Class of each of `size` token ids ([V], long) and the class names: number, word, symbol, eos."""
+    names = ("number", "word", "symbol", "eos")
+    classes = torch.full((size,), names.index("symbol"))
+    for token in range(min(size, len(tokenizer))):
+        text = tokenizer.decode([token])
+        if token == tokenizer.eos_token_id:
+            classes[token] = names.index("eos")
+        elif any(c.isdigit() for c in text):
+            classes[token] = names.index("number")
+        elif any(c.isalpha() for c in text):
+            classes[token] = names.index("word")
+    return classes, names
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their responses, right-padded; no model is told which positions are padding, as attention is causal.
+
+    ids: [B, L] prompt then response. prompt_lengths, response_lengths: [B]. Every array over response tokens is [B, T] with
+    T the longest response, row b's token t at ids[b, prompt_lengths[b] + t].
+    """
+
+    ids: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] float: 1 on response tokens, the end token included."""
+        return length_mask(self.response_lengths, int(self.response_lengths.max()))
+
+    @property
+    def responses(self) -> Tensor:
+        """[B, T] token ids of the responses; whatever stands in the padding."""
+        return self.ids.gather(1, self.response_positions())
+
+    def response_positions(self) -> Tensor:
+        """[B, T] columns of `ids` at which the response tokens stand, kept inside the row."""
+        steps = torch.arange(int(self.response_lengths.max()), device=self.ids.device)
+        return (self.prompt_lengths[:, None] + steps).clamp(max=self.ids.size(1) - 1)
+
+    def lengths(self) -> list[int]:
+        """Real tokens of each row."""
+        total: list[int] = (self.prompt_lengths + self.response_lengths).tolist()
+        return total
+
+    def rows(self, rows: Sequence[int] | Tensor) -> "Batch":
+        """Some of the rows, trimmed to the longest of them."""
+        index = torch.as_tensor(rows, device=self.ids.device)
+        prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
+        return Batch(self.ids[index, : int((prompts + responses).max())], prompts, responses)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(self.ids.to(device), self.prompt_lengths.to(device), self.response_lengths.to(device))
+
+
+def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Batch:
+    """Put prompts and responses (lists of ids, responses with their end token) into one batch."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    return Batch(
+        torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        torch.tensor([len(prompt) for prompt in prompts]),
+        torch.tensor([len(response) for response in responses]),
+    )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding; masks come from lengths, so any id would do."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)

@@ -1,0 +1,60 @@
+"""Verifiers: whether a response gives the right answer. Read by `evaluate` only, never by training."""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+
+
+def world_answer(text: str) -> str | None:
+    """What follows the one `answer :` of a response; None without one, with several, or after another question."""
+    parts = text.split("answer :")
+    if len(parts) != 2 or "q :" in parts[0]:
+        return None
+    return parts[1].strip() or None
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """The number after the last `####`, normalised ($1,072.0 is 1072); None where no number alone stands there."""
+    _, marker, tail = text.rpartition("####")
+    return _normal_number(tail) if marker else None
+
+
+def _normal_number(text: str) -> str | None:
+    bare = re.sub(r"[\s,$]", "", text)
+    if not _NUMBER.fullmatch(bare):
+        return None
+    value = Decimal(bare)
+    return format(value.normalize() if value else Decimal(0), "f")
+
+
+def _gsm8k(response: str, answer: str) -> bool:
+    wanted = gsm8k_answer(answer) if "####" in answer else _normal_number(answer)
+    if wanted is None:
+        raise ValueError(f"the gsm8k verifier needs a number as the answer, got {answer!r}")
+    return gsm8k_answer(response) == wanted
+
+
+# How each verifier finds the answer in a reference response.
+ANSWERS: dict[str, Callable[[str], str | None]] = {
+    "world": world_answer,
+    "gsm8k": gsm8k_answer,
+    "exact": lambda text: text.strip() or None,
+}
+
+VERIFIERS: dict[str, Callable[[str, str], bool]] = {
+    "world": lambda response, answer: world_answer(response) == answer.strip(),
+    "gsm8k": _gsm8k,
+    "exact": lambda response, answer: response.strip() == answer.strip(),
+}
+
+
+def verify(name: str, response: str, answer: str) -> bool:
+    """Whether a finished response (end token left off) gives the answer, by the named verifier.
+
+    Raises ValueError for a verifier that does not exist.
+    """
+    if name not in VERIFIERS:
+        raise ValueError(f"no verifier {name!r}: expected one of {', '.join(VERIFIERS)}")
+    return VERIFIERS[name](response, answer)

@@ -1,0 +1,102 @@
+"""Model folders and token batches, as the training stages read and write them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apprentice.compute import Compute, set_up
+from apprentice.config import ParamsError
+from apprentice.demonstrations import Demonstration, digest, prompt_id, read_demonstrations
+from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
+from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
+from tasks.stage import Stage
+
+
+def compute_of(stage: Stage) -> Compute:
+    """The stage's device and precision, noted in its telemetry."""
+    try:
+        compute = set_up(stage.params.compute)
+    except ValueError as error:
+        raise ParamsError(str(error)) from error
+    stage.telemetry(event="device", device=str(compute.device), dtype=str(compute.dtype))
+    return compute
+
+
+def model_folder(stage: Stage, name: str) -> Path:
+    """Where a model of the pipeline stands."""
+    return stage.data / "models" / name
+
+
+def tokenizer_of(stage: Stage, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    return load_tokenizer(model_folder(stage, name))
+
+
+def policy_of(stage: Stage, name: str, compute: Compute) -> PreTrainedModel:
+    """A model of the pipeline, to train."""
+    return load_policy(model_folder(stage, name), compute)
+
+
+def scorers_of(stage: Stage, names: Sequence[str], compute: Compute) -> dict[str, PreTrainedModel]:
+    """Frozen models by name, each loaded once."""
+    return {name: freeze(policy_of(stage, name, compute)) for name in dict.fromkeys(names)}
+
+
+def table(stage: Stage, name: str) -> list[Demonstration]:
+    """A clean table: demonstrations, validation, prompts or evaluation."""
+    return read_demonstrations(stage.data / "clean" / f"{name}.jsonl")
+
+
+def batch_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration], compute: Compute) -> Batch:
+    """Demonstrations as one batch."""
+    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
+    responses = encode_responses(tokenizer, [row.response or "" for row in rows])
+    return collate(prompts, responses, pad_id(tokenizer)).to(compute.device)
+
+
+def prompt_keys(rows: Sequence[Demonstration]) -> list[str]:
+    """Prompt ids, by which draws are keyed."""
+    return [prompt_id(row.prompt) for row in rows]
+
+
+def save_model(
+    stage: Stage,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    parents: Sequence[str],
+    metrics: dict[str, Any],
+) -> None:
+    """Write a model folder with its card: what made it, from what, with which settings and figures."""
+    folder = model_folder(stage, name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_policy(model, tokenizer, folder, _card(stage, name, parents, metrics))
+    stage.say(f"wrote {folder.relative_to(stage.data.parent)}")
+
+
+def lineage(folder: Path) -> str:
+    """A short hash of a model folder's weights or pin, for the cards of its descendants."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.json"))
+    total = hashlib.blake2b(digest_size=8)
+    for path in files:
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def _card(stage: Stage, name: str, parents: Sequence[str], metrics: dict[str, Any]) -> str:
+    origin = "".join(f"- `{parent}` {lineage(model_folder(stage, parent))}\n" for parent in parents)
+    origin = origin or "- nothing: trained from scratch\n"
+    settings = json.dumps(asdict(stage.config), indent=2)
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [apprentice, {stage.name}]\n---\n\n"
+        f"# {name}\n\nMade by the stage `{stage.name}` of Apprentice from demonstrations, seed {stage.params.seed}.\n\n"
+        f"## Made from\n\n{origin}\n"
+        f"## Settings\n\n```json\n{settings}\n```\n\n"
+        f"Settings hash: {digest(asdict(stage.config))}\n\n"
+        f"## Figures\n\n```json\n{json.dumps(metrics, indent=2)}\n```\n"
+    )

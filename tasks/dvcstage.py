@@ -1,0 +1,143 @@
+"""What we ask of DVC: the graph of stages, one stage brought up to date, and what dvc.lock knows. No Prefect, no MLflow.
+
+DVC is imported inside the functions, so that a stage that needs none of it starts fast.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import process
+from tasks.stage import ROOT
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+MACHINERY = re.compile(r"^ERROR: .*(unable to acquire lock|is busy|database is locked|resource temporarily)", re.I)
+OWN_FAULT = "failed to run:"  # DVC's words when the stage's own command failed
+_dvc = threading.RLock()  # DVC's objects are not meant for threads; one at a time in this process
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """A stage as DVC has it: its address, the addresses of what it needs, the paths it writes, its `meta`."""
+
+    name: str
+    upstream: tuple[str, ...]
+    outs: tuple[str, ...]
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+class StageFailed(RuntimeError):
+    """`dvc repro` of a stage failed; the message ends with the last lines it printed."""
+
+
+class MachineryFailed(StageFailed):
+    """The stage itself did not fail: a lock or the like did, so trying again may help."""
+
+
+@contextmanager
+def open_repo() -> "Iterator[Repo]":
+    """The workspace's DVC repository; for one thread at a time."""
+    from dvc.repo import Repo
+
+    with _dvc, Repo(str(ROOT)) as repo:  # not $DVC_ROOT, which is another folder inside `dvc exp run --temp`
+        yield repo
+
+
+def read_stages() -> list[StageInfo]:
+    """Every stage of every pipeline, each after what it needs."""
+    import networkx as nx
+    from dvc.stage import PipelineStage
+
+    with open_repo() as repo:
+        graph = repo.index.graph  # an edge points at what a stage needs
+        stages = [stage for stage in nx.dfs_postorder_nodes(graph) if isinstance(stage, PipelineStage)]
+        return [
+            StageInfo(
+                stage.addressing,
+                tuple(sorted(need.addressing for need in graph.successors(stage) if isinstance(need, PipelineStage))),
+                tuple(out.def_path for out in stage.outs),
+                stage.meta or {},
+            )
+            for stage in stages
+        ]
+
+
+def repro(name: str, say: Callable[[str], None], force: bool = False, place: dict[str, str] | None = None) -> str | None:
+    """Bring one stage up to date; None when it ran, otherwise DVC's line that says why it did not need to.
+
+    `place` is added to the stage's environment. Raises `StageFailed`, `MachineryFailed` or `process.Stopped`.
+    """
+    # Without --wait-for-lock a stage that ends while another one holds DVC's lock loses its finished work.
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name] + ["--force"] * force
+    lines: deque[str] = deque(maxlen=200)
+
+    def hear(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # `python` of dvc.yaml
+    code = process.run(command, ROOT, {**os.environ, "PATH": path, **(place or {})}, hear)
+    if code:
+        own = any(OWN_FAULT in line for line in lines)
+        machinery = not own and (code < 0 or any(MACHINERY.search(line) for line in lines))
+        kind = MachineryFailed if machinery else StageFailed
+        raise kind(f"stage {name} failed (dvc repro ended with {code}): " + " | ".join(list(lines)[-6:]))
+    return next((line for line in lines if _is_skip(line)), None)
+
+
+def _is_skip(line: str) -> bool:
+    return line.endswith("didn't change, skipping") or "is cached - skipping run" in line
+
+
+def _stage(repo: "Repo", label: str) -> "PipelineStage":
+    (stage,) = repo.stage.collect(label)
+    return stage
+
+
+def outputs_of(label: str) -> list[Path]:
+    """What DVC would remove before it runs the stage: its outputs, `persist` ones left out."""
+    with open_repo() as repo:
+        return [Path(out.fs_path) for out in _stage(repo, label).outs if not out.persist]
+
+
+def current_inputs(label: str) -> tuple[str, dict[str, Any]]:
+    """Key and params of a stage as it would run now: its dependencies are hashed afresh (cheap: DVC remembers)."""
+    with open_repo() as repo:
+        stage = _stage(repo, label)
+        for dep in stage.deps:
+            dep.save()
+        return key_of(stage), params_of(stage)
+
+
+def current_key(label: str) -> str:
+    """Hash of a stage's command, params and inputs: equal keys mean equal work."""
+    return current_inputs(label)[0]
+
+
+def key_of(stage: "PipelineStage") -> str:
+    """The same key for a stage whose dependencies carry hashes already: just saved, or as dvc.lock has them."""
+    inputs = [stage.cmd, {dep.def_path: dep.hash_info.value for dep in stage.deps}]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def params_of(stage: "PipelineStage") -> dict[str, Any]:
+    """The params a stage depends on, by their names in dvc.yaml."""
+    from dvc.dependency import ParamsDependency
+
+    values: dict[str, Any] = {}
+    for dep in stage.deps:
+        if isinstance(dep, ParamsDependency):
+            values.update(dep.hash_info.value or {})
+    return values

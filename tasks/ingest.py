@@ -1,0 +1,108 @@
+"""From a source of demonstrations to clean, hashed, split tables in data/clean."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from apprentice.demonstrations import atomic_write, split_of, write_demonstrations
+from apprentice.world import WorldError, make_tables
+from tasks.cleaning import Tables, add_answers, choose_verifier, clean, split_tables
+from tasks.sources import read_source, recognise
+from tasks.stage import Stage, StageError, run
+
+TABLES = ("demonstrations", "validation", "prompts", "evaluation")
+
+
+def main(stage: Stage) -> None:
+    """Read, clean and split the source; write five tables and the counts."""
+    clean_folder = stage.data / "clean"
+    if stage.config.source.kind == "world":
+        tables, figures = _world_tables(stage)
+        _write_rejected(clean_folder / "rejected.jsonl", [])
+    else:
+        tables, figures = _source_tables(stage, clean_folder / "rejected.jsonl")
+    for name in TABLES:
+        write_demonstrations(clean_folder / f"{name}.jsonl", tables[name])
+    sizes = {name: len(tables[name]) for name in TABLES}
+    stage.metrics({**figures, **sizes})
+    stage.say(", ".join(f"{size} {name}" for name, size in sizes.items()) + f"; verifier: {figures['verifier']}")
+    _check_sizes(stage, sizes)
+    stage.say("next: `dvc repro validate` checks the tables")
+
+
+def _world_tables(stage: Stage) -> tuple[Tables, dict[str, Any]]:
+    config = stage.config
+    if config.verifier not in ("auto", "none", "world"):
+        raise StageError(f"ingest.verifier: the world is checked by `world` (or auto, or none), not {config.verifier!r}")
+    try:
+        tables = make_tables(
+            stage.params.seed,
+            config.world,
+            lambda prompt: split_of(prompt, config.validation_share, config.evaluation_share),
+        )
+    except WorldError as error:
+        raise StageError(str(error)) from error
+    if config.verifier == "none":
+        tables["evaluation"] = [replace(row, meta={**row.meta, "verifier": None}) for row in tables["evaluation"]]
+    rows = sum(map(len, tables.values()))
+    counts = {"rows_read": rows, "rows_kept": rows, "rows_rejected": 0, "rejected": {}, "unused": 0}
+    return tables, {**counts, "shape": "world", "verifier": "none" if config.verifier == "none" else "world"}
+
+
+def _source_tables(stage: Stage, rejected: Path) -> tuple[Tables, dict[str, Any]]:
+    config = stage.config
+    origin = config.source.name if config.source.kind == "hub" else config.source.path
+    raws = list(read_source(config.source, stage.data.parent))
+    if not raws:
+        raise StageError(f"{origin}: no rows in it")
+    shape = recognise(raws, config.fields)
+    stage.say(f"{config.source.kind} {origin}: shape {shape.name} (columns {', '.join(shape.columns)})")
+    cleaned = clean(raws, shape.read, config, origin)
+    verifier = choose_verifier(cleaned.rows, config.verifier)
+    if verifier:
+        cleaned = add_answers(cleaned, verifier)
+    _write_rejected(rejected, cleaned.rejected)
+    figures = {
+        "rows_read": len(raws),
+        "rows_kept": len(cleaned.rows),
+        "rows_rejected": len(cleaned.rejected),
+        "rejected": cleaned.reasons(),
+    }
+    _check_rejected(stage, figures)
+    tables = split_tables(cleaned.rows, config, verifier)
+    return tables, {**figures, "unused": len(tables["unused"]), "shape": shape.name, "verifier": verifier or "none"}
+
+
+def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
+    """Escaped to ASCII, since the text of a rejected row may hold what UTF-8 cannot."""
+    with atomic_write(path) as file:
+        for row in rejected:
+            file.write(json.dumps(row, ensure_ascii=True, default=str) + "\n")
+
+
+def _check_rejected(stage: Stage, figures: dict[str, Any]) -> None:
+    """Say what was rejected; stop when it is too much."""
+    read, rejected = figures["rows_read"], figures["rows_rejected"]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in figures["rejected"].items())
+    stage.say(f"{read} rows read, {figures['rows_kept']} kept, {rejected} rejected" + (f" ({reasons})" if reasons else ""))
+    if rejected > stage.config.max_rejected_share * read:
+        raise StageError(
+            f"{rejected} of {read} rows were rejected ({reasons}), more than ingest.max_rejected_share "
+            f"({stage.config.max_rejected_share:g}) allows. data/clean/rejected.jsonl has each with line and reason"
+        )
+
+
+def _check_sizes(stage: Stage, sizes: dict[str, int]) -> None:
+    """A table that later stages need must not be empty by accident."""
+    shares = {"demonstrations": 1.0, "validation": stage.config.validation_share}
+    shares["evaluation"] = stage.config.evaluation_share
+    for table, share in shares.items():
+        if share and not sizes[table]:
+            raise StageError(
+                f"no row with a response fell into {table} ({sizes}): give more rows, map the response column in "
+                "ingest.fields, or change ingest.validation_share and ingest.evaluation_share"
+            )
+
+
+run(__name__, main, __doc__)

@@ -1,0 +1,99 @@
+"""From scored candidates to preference pairs, with the figures that tell whether the sampler did anything."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from apprentice.config import PairsConfig
+from apprentice.demonstrations import Demonstration, digest, prompt_id
+from apprentice.rejection import make_pairs, rejection_sample
+from tasks.stage import StageError
+
+
+def pick_prompts(pool: Sequence[Demonstration], count: int, seed: int) -> list[Demonstration]:
+    """`count` prompts of the pool, chosen by hash: more prompts keep those already chosen."""
+    return sorted(pool, key=lambda row: digest([seed, prompt_id(row.prompt)]))[:count]
+
+
+def requests_of(rows: Sequence[Demonstration], tokenizer: Any, candidates: int) -> list[Any]:
+    """One sampling request for each candidate, prompt by prompt."""
+    from apprentice.sampling import Request
+    from apprentice.tokens import encode_prompts
+
+    encoded = encode_prompts(tokenizer, [row.prompt for row in rows])
+    return [Request(ids, prompt_id(row.prompt), n) for ids, row in zip(encoded, rows, strict=True) for n in range(candidates)]
+
+
+def choose_pairs(
+    candidates: Sequence[dict[str, Any]], config: PairsConfig, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rejection-sample each prompt's candidates and pair those accepted.
+
+    Candidates cut off before the end token are left out; a pair of identical texts is dropped. Returns rows in TRL's
+    preference form and the figures. Raises StageError when no pair is left.
+    """
+    size = config.candidates
+    pairs: list[dict[str, Any]] = []
+    totals = {"accepted": 0, "trials": 0, "hits": 0, "rounds": 0, "identical": 0, "unfinished": 0, "short": 0}
+    reward, gap = 0.0, 0.0
+    for start in range(0, len(candidates), size):
+        group = candidates[start : start + size]
+        rewards = [row["reward"] if row["ended"] else float("-inf") for row in group]
+        rng = random.Random(f"{seed}/pairs/{prompt_key(group)}")
+        accepted = rejection_sample(rewards, config.accepted, config.beta, rng)
+        top = sorted((r for r in rewards if r > float("-inf")), reverse=True)[: len(accepted.positions)]
+        totals["accepted"] += len(accepted.positions)
+        totals["trials"] += accepted.trials
+        totals["hits"] += accepted.hits
+        totals["rounds"] += accepted.rounds
+        totals["unfinished"] += sum(not row["ended"] for row in group)
+        totals["short"] += len(accepted.positions) < config.accepted
+        reward += sum(rewards[i] for i in accepted.positions)
+        gap += sum(top) - sum(rewards[i] for i in accepted.positions)
+        for chosen, rejected in make_pairs(accepted.positions, rewards, config.pairing, rng):
+            if group[chosen]["response"] == group[rejected]["response"]:
+                totals["identical"] += 1
+            else:
+                pairs.append(preference(group[chosen], group[rejected]))
+    if not pairs:
+        raise StageError(
+            f"no pair survived: {totals['identical']} of identical texts, {totals['unfinished']} of {len(candidates)} "
+            "candidates unfinished. Raise pairs.max_new_tokens, pairs.candidates or pairs.temperature"
+        )
+    prompts = len(candidates) // size
+    return pairs, {
+        "pairs": len(pairs),
+        "acceptance_rate": round(totals["hits"] / max(1, totals["trials"]), 6),
+        "rounds": round(totals["rounds"] / prompts, 6),
+        "accepted_reward": round(reward / max(1, totals["accepted"]), 6),
+        "gap_to_top_k": round(gap / max(1, totals["accepted"]), 6),
+        "pairs_dropped_identical": totals["identical"],
+        "candidates_unfinished": totals["unfinished"],
+        "prompts_short": totals["short"],
+        "margin": round(sum(p["chosen_score"] - p["rejected_score"] for p in pairs) / len(pairs), 6),
+    }
+
+
+def prompt_key(group: Sequence[dict[str, Any]]) -> str:
+    """The id of the prompt the candidates answer."""
+    return prompt_id(group[0]["prompt"])
+
+
+def preference(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+    """One row that TRL's preference trainers read too."""
+    return {
+        "prompt": chosen["prompt"],
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
+        "chosen_score": chosen["reward"],
+        "rejected_score": rejected["reward"],
+    }
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """One line on what the sampler did."""
+    return (
+        f"{figures['pairs']} pairs; first-round acceptance {figures['acceptance_rate']:.2f}, {figures['rounds']:.1f} rounds, "
+        f"accepted reward {figures['accepted_reward']:.3f}, {figures['gap_to_top_k']:.3f} below the top; dropped "
+        f"{figures['pairs_dropped_identical']} identical pairs, {figures['candidates_unfinished']} unfinished candidates"
+    )

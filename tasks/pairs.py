@@ -1,0 +1,45 @@
+"""Candidates from the SFT policy, scored by the self-reward, statistical rejection sampling, labelled pairs (RSO)."""
+
+from tasks.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    """Write data/pairs/{candidates,pairs}.jsonl and the figures of the sampler."""
+    from apprentice.demonstrations import write_jsonl
+    from apprentice.evaluation import response_ids
+    from apprentice.policy import decode_responses
+    from apprentice.sampling import sample
+    from apprentice.sft import sequence_rewards
+    from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
+    from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
+
+    compute, config = compute_of(stage), stage.config
+    tokenizer = tokenizer_of(stage, "sft")
+    models = scorers_of(stage, ("sft", config.reward_target, config.reward_baseline), compute)
+    rows = pick_prompts(table(stage, "prompts"), config.prompts, stage.params.seed)
+    stage.say(f"sampling {config.candidates} candidates for each of {len(rows)} prompts")
+    rollout = sample(
+        models["sft"],
+        requests_of(rows, tokenizer, config.candidates),
+        seed=f"{stage.params.seed}/pairs",
+        end=tokenizer.eos_token_id,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        compute=compute,
+    )
+    rewards = sequence_rewards(
+        models[config.reward_target], models[config.reward_baseline], rollout.batch, compute, config.baseline_weight
+    ).tolist()
+    texts, ended = decode_responses(tokenizer, response_ids(rollout)), rollout.ended.tolist()
+    candidates = [
+        {"prompt": rows[i // config.candidates].prompt, "response": text, "reward": round(reward, 6), "ended": done}
+        for i, (text, reward, done) in enumerate(zip(texts, rewards, ended, strict=True))
+    ]
+    pairs, figures = choose_pairs(candidates, config, stage.params.seed)
+    write_jsonl(stage.data / "pairs" / "candidates.jsonl", candidates)
+    write_jsonl(stage.data / "pairs" / "pairs.jsonl", pairs)
+    stage.metrics(figures)
+    stage.say(summary(figures))
+
+
+run(__name__, main, __doc__)

@@ -1,0 +1,86 @@
+"""Train the tiny base on the world's documents, or pin a real checkpoint (pretrain.checkpoint) by revision and hashes."""
+
+from tasks.stage import Stage, StageError, run
+
+
+def main(stage: Stage) -> None:
+    """Write data/models/base, its training history and metrics."""
+    from apprentice.pretrain import build_base, pretrain
+    from tasks.checkpoints import compute_of, save_model, tokenizer_of
+    from tasks.resume import StageRecorder
+
+    compute = compute_of(stage)
+    if stage.config.checkpoint:
+        return pin(stage)
+    tokenizer = tokenizer_of(stage, "tokenizer")
+    model = build_base(stage.config, tokenizer, stage.params.seed)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    stage.say(f"training a base of {size:,} parameters on {compute.device}")
+    recorder = StageRecorder(stage, "loss", "tokens")
+    pretrain(
+        model,
+        tokenizer,
+        documents(stage),
+        stage.config,
+        seed=stage.params.seed,
+        compute=compute,
+        recorder=recorder,
+    )
+    tail = recorder.rows[-100:]
+    metrics = {
+        "loss": round(sum(row["loss"] or 0.0 for row in tail) / len(tail), 6),
+        "tokens": recorder.rows[-1]["tokens"],
+        "parameters": size,
+    }
+    stage.metrics(metrics)
+    save_model(stage, "base", model, tokenizer, [], metrics)
+
+
+def documents(stage: Stage):  # type: ignore[no-untyped-def]
+    """The world's document generator, held-out prompts left out."""
+    from apprentice.world import corpus_document
+    from tasks.checkpoints import table
+
+    if stage.params.ingest.source.kind != "world":
+        raise StageError(
+            "pretrain.checkpoint is null, and the tiny base knows the embedded world only. Name a real checkpoint: "
+            "`checkpoint: Qwen/Qwen2.5-0.5B` with its `revision`, or a folder"
+        )
+    held_out = {row.prompt for name in ("validation", "evaluation") for row in table(stage, name)}
+
+    def document(rng):  # type: ignore[no-untyped-def]
+        while True:
+            prompt, response = corpus_document(rng)
+            if prompt not in held_out:
+                return prompt, response
+
+    return document
+
+
+def pin(stage: Stage) -> None:
+    """Note a real checkpoint by revision and file hashes in place of a copy; later stages load it from where it stands."""
+    from pathlib import Path
+
+    from apprentice.policy import PINNED, checkpoint_arguments, file_hashes, load_policy
+    from tasks.checkpoints import model_folder
+    from tasks.stage import write_json
+
+    checkpoint, revision = stage.config.checkpoint, stage.config.revision
+    local = Path(checkpoint)
+    if not local.is_dir() and not revision:
+        raise StageError(f"pretrain.revision: expected the commit of {checkpoint!r}, so that it cannot change; got null")
+    if local.is_dir():
+        files = file_hashes(local)
+    else:
+        from huggingface_hub import snapshot_download
+
+        files = file_hashes(Path(snapshot_download(checkpoint, revision=revision, allow_patterns=["*.json", "*.safetensors"])))
+    folder = model_folder(stage, "base")
+    write_json(folder / PINNED, {"checkpoint": str(checkpoint), "revision": revision, "files": files})
+    size = sum(parameter.numel() for parameter in load_policy(folder).parameters())
+    stage.say(f"pinned {checkpoint} ({size:,} parameters): {checkpoint_arguments(folder)}")
+    stage.history.path.write_text("step\n")
+    stage.metrics({"parameters": size})
+
+
+run(__name__, main, __doc__)

@@ -1,0 +1,143 @@
+"""Which charts the report shows, from the evidence: differences, training, reward and length, accuracy and KL."""
+
+from typing import Any
+
+from tasks.report_evidence import Evidence
+from tasks.report_forest import Mean, cross_chart, forest_chart
+from tasks.report_metrics import TRAINING, cell, clear_of_zero, headline, label, metric_of
+from tasks.report_plots import Series, line_chart, scatter_chart, slope, span
+
+COLORS = 8  # model colours that the style sheet has
+MOST_DOTS = 300  # of one cloud: the first prompts in the order of the files
+
+Figure = tuple[str, str, str]  # title, chart, caption
+
+
+def color(evidence: Evidence, model: str) -> str:
+    """The model's colour, the same in every chart."""
+    models = evidence.params.evaluate.models
+    return f"var(--m{(models.index(model) if model in models else len(models)) % COLORS})"
+
+
+def difference_figures(evidence: Evidence) -> list[Figure]:
+    """A forest plot for each headline metric that has a better side; shares have one range in common."""
+    rows = [one for one in evidence.report["differences"] if one["model"] != "base" and one["low"] is not None]
+    keys = [key for key in headline(evidence.report) if metric_of(key).better]
+    shares = [one for one in rows if metric_of(one["metric"]).unit == "%" and one["metric"] in keys]
+    figures = []
+    for key in keys:
+        mine, share = [one for one in rows if one["metric"] == key], metric_of(key).unit == "%"
+        if mine:
+            groups = {
+                baseline: [_mean(evidence, one) for one in mine if one["baseline"] == baseline]
+                for baseline in dict.fromkeys(one["baseline"] for one in mine)
+            }
+            ends = _around_zero(shares if share else mine)
+            better = "to the right is better" if metric_of(key).better > 0 else "to the left is better"
+            unit = "points" if share else metric_of(key).unit
+            figures.append((label(key), forest_chart(label(key), groups, ends, 100 if share else 1), f"{unit}; {better}"))
+    return figures
+
+
+def _around_zero(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    return span([0.0, *(one[end] for one in rows for end in ("low", "high"))])
+
+
+def _mean(evidence: Evidence, one: dict[str, Any]) -> Mean:
+    text = cell(one["metric"], one, "+").replace("-", "−")
+    shade = color(evidence, one["model"])
+    return Mean(one["model"], shade, one["difference"], one["low"], one["high"], text, clear_of_zero(one))
+
+
+def training_figures(evidence: Evidence) -> list[Figure]:
+    """Curves of every training stage that left a history."""
+    wanted = [
+        ("pretrain", "Pretraining loss", ["loss"], "pretrain"),
+        ("sft", "Fine-tuning loss", ["loss", "held_out_loss"], "sft"),
+        ("sft_tuned", "Fine-tuning loss, tuned", ["loss", "held_out_loss"], "sft_tuned"),
+        ("srppo", "SRPPO: self-reward", ["reward"], "srppo"),
+        ("srppo", "SRPPO: KL", ["kl_to_sft", "kl_to_base"], "srppo"),
+        ("srppo", "SRPPO: response length", ["length"], "srppo"),
+        (
+            "srppo",
+            "SRPPO: reward by kind of token",
+            ["reward_number", "reward_word", "reward_symbol", "reward_eos"],
+            "",
+        ),
+        ("srppo", "SRPPO: slope of reward against length", ["reward_length_slope"], "srppo"),
+        ("srppo", "SRPPO: entropy", ["entropy"], "srppo"),
+        ("rso", "RSO: loss", ["loss"], "rso"),
+        ("rso", "RSO: margin", ["margin"], "rso"),
+        ("rso", "RSO: accuracy on pairs", ["accuracy"], "rso"),
+    ]
+    figures = [_training(evidence, *one) for one in wanted]
+    return [figure for figure in figures if figure]
+
+
+def _training(evidence: Evidence, stage: str, title: str, columns: list[str], model: str) -> Figure | None:
+    rows = evidence.histories[stage]
+    series = []
+    for place, name in enumerate(columns):
+        points = [(row.get("step", i), row[name]) for i, row in enumerate(rows) if name in row]
+        band = [row["reward_std"] for row in rows if "reward_std" in row] if name == "reward" else []
+        shade = color(evidence, "base" if model == "pretrain" else model) if model else f"var(--m{place + 1})"
+        if points:
+            series.append(Series(name, shade, points, bool(model) and place > 0, band))
+    if not series:
+        return None
+    about = "" if len(series) == 1 else " · ".join(f"{_key(one)} {one.name.replace('_', ' ')}" for one in series)
+    band = "band: one standard deviation over rollouts" if any(one.band for one in series) else ""
+    meaning = TRAINING.get(series[0].name, "") if len(series) == 1 else ""
+    return title, line_chart(title, series), " · ".join(part for part in (about, band) if part) or meaning
+
+
+def _key(one: Series) -> str:
+    return f'<i class="{"dash" if one.dashed else "bar"}" style="--c:{one.color}"></i>'
+
+
+def length_figures(evidence: Evidence) -> list[Figure]:
+    """Self-reward against length, a dot per held-out prompt, one cloud per model on the same axes."""
+    clouds = {}
+    for model, values in evidence.values.items():
+        found = [
+            (values["in_domain/length"][key], reward)
+            for key, reward in values.get("in_domain/self_reward", {}).items()
+            if key in values.get("in_domain/length", {})
+        ]
+        if len(found) > 1:
+            clouds[model] = found[:MOST_DOTS]
+    if not clouds:
+        return []
+    x, y = (span([point[i] for cloud in clouds.values() for point in cloud]) for i in (0, 1))
+    figures = []
+    for model, cloud in clouds.items():
+        steepness = slope(cloud)
+        caption = "one length only" if steepness is None else f"{steepness:+.3f} nats per token".replace("-", "−")
+        drawn = scatter_chart(model, Series(model, color(evidence, model), cloud), x, y, ("tokens", "self-reward, nats"))
+        figures.append((model, drawn, caption))
+    return figures
+
+
+def kl_figures(evidence: Evidence) -> list[Figure]:
+    """What each model gained for how far it moved: accuracy (or self-reward) against KL to SFT."""
+    figures = []
+    for domain in ("in_domain", "out_of_domain"):
+        for name in ("greedy_accuracy", "sampled_accuracy", "self_reward"):
+            x_key, y_key = f"{domain}/kl_to_sft", f"{domain}/{name}"
+            pairs = [
+                (_point(evidence, model, x_key), _point(evidence, model, y_key))
+                for model, values in evidence.report["models"].items()
+                if all(key in values and values[key]["low"] is not None for key in (x_key, y_key))
+            ]
+            if pairs:
+                chart = cross_chart(label(y_key), pairs, "KL to SFT, nats per response", metric_of(y_key).unit)
+                figures.append((label(y_key), chart, ""))
+    accuracies = [figure for figure in figures if "accuracy" in figure[0]]
+    return accuracies or figures
+
+
+def _point(evidence: Evidence, model: str, key: str) -> Mean:
+    interval, share = evidence.report["models"][model][key], 100 if metric_of(key).unit == "%" else 1
+    text = f"{label(key)} {cell(key, interval)}"
+    ends = [interval[end] * share for end in ("mean", "low", "high")]
+    return Mean(model, color(evidence, model), *ends, text)

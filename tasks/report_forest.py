@@ -1,0 +1,85 @@
+"""Charts of means with intervals: forest plots of differences, and one metric against another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from tasks.report_plots import Frame, axes, number, span, svg, ticks
+
+ROW = 25  # pixels a row of a forest plot
+HEAD = 26  # pixels above the first row of a group
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its interval; `text` is what a reader sees, `clear` whether zero lies outside."""
+
+    name: str
+    color: str
+    middle: float
+    low: float
+    high: float
+    text: str = ""
+    clear: bool = True
+
+
+def forest_chart(title: str, groups: dict[str, list[Mean]], ends: tuple[float, float], scale: float = 1.0) -> str:
+    """Differences around zero, one group of rows per baseline; a hollow dot when zero lies inside the interval.
+
+    `ends` is the range shown, shared by charts to be compared; ticks are multiplied by `scale` (100 for points).
+    """
+    rows = sum(len(group) for group in groups.values())
+    height = 34 + rows * ROW + len(groups) * HEAD
+    frame = Frame(ends, (0, 1), width=460, height=height, margin=(6, 128, 28, 84))
+    parts = [_scale(frame, scale)]
+    y = frame.margin[0]
+    for name, group in groups.items():
+        parts.append(f'<text class="group" x="6" y="{y + 17}">against {escape(name)}</text>')
+        y += HEAD
+        for mean in group:
+            parts.append(_row(frame, mean, y + ROW / 2))
+            y += ROW
+    return svg(frame, "".join(parts), title)
+
+
+def _scale(frame: Frame, scale: float) -> str:
+    top, bottom = frame.margin[0], frame.height - frame.margin[2]
+    parts = []
+    for value in ticks((frame.x[0] * scale, frame.x[1] * scale)):
+        x = f"{frame.px(value / scale):.1f}"
+        kind = "zero" if value == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text class="tick" x="{x}" y="{bottom + 16}" text-anchor="middle">{number(value)}</text>')
+    return "".join(parts)
+
+
+def _row(frame: Frame, mean: Mean, y: float) -> str:
+    low, middle, high = (f"{frame.px(value):.1f}" for value in (mean.low, mean.middle, mean.high))
+    kind = "clear" if mean.clear else "unclear"
+    return (
+        f'<g class="{kind}" style="--c:{mean.color}"><title>{escape(mean.name)}: {escape(mean.text)}</title>'
+        f'<text class="name" x="{frame.margin[3] - 10}" y="{y:g}" dy=".32em" text-anchor="end">{escape(mean.name)}</text>'
+        f'<line class="whisker" x1="{low}" x2="{high}" y1="{y:g}" y2="{y:g}"/>'
+        f'<circle class="mean" cx="{middle}" cy="{y:g}" r="4.6"/>'
+        f'<text class="value" x="{frame.width - 2}" y="{y:g}" dy=".32em" text-anchor="end">{escape(mean.text)}</text></g>'
+    )
+
+
+def cross_chart(title: str, pairs: Sequence[tuple[Mean, Mean]], x_label: str, y_label: str) -> str:
+    """One cross per model: its mean and interval in two metrics at once, the name beside it."""
+    frame = Frame(
+        span([end for x, _ in pairs for end in (x.low, x.high, 0.0)], 0.12),
+        span([end for _, y in pairs for end in (y.low, y.high)], 0.12),
+        margin=(22, 14, 40, 46),
+    )
+    parts = [axes(frame, x_label, y_label)]
+    for x, y in pairs:
+        cx, cy = frame.at((x.middle, y.middle)).split(",")
+        parts.append(
+            f'<g style="--c:{x.color}"><title>{escape(x.name)}: {escape(y.text)}, {escape(x.text)}</title>'
+            f'<line class="whisker" x1="{frame.px(x.low):.1f}" x2="{frame.px(x.high):.1f}" y1="{cy}" y2="{cy}"/>'
+            f'<line class="whisker" x1="{cx}" x2="{cx}" y1="{frame.py(y.low):.1f}" y2="{frame.py(y.high):.1f}"/>'
+            f'<circle class="mean solid" cx="{cx}" cy="{cy}" r="5"/>'
+            f'<text class="name" x="{float(cx) + 9:.1f}" y="{float(cy) - 8:.1f}">{escape(x.name)}</text></g>'
+        )
+    return svg(frame, "".join(parts), title)

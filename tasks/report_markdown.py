@@ -1,0 +1,192 @@
+"""The report as text: report.md, its comparison table, and what the numbers say in words."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from apprentice.demonstrations import prompt_text
+from tasks.report_evidence import Evidence
+from tasks.report_metrics import (
+    ABOUT_DOMAINS,
+    DOMAINS,
+    METRICS,
+    cell,
+    clear_of_zero,
+    headline,
+    label,
+    metric_of,
+    place,
+    verdict,
+)
+
+READING = (
+    "Each cell is a mean with its 95% interval; accuracies are in per cent, losses, rewards and KL in nats. "
+    "Prompts are held out. Differences are paired over the same prompts."
+)
+LONGEST_SAMPLE = 600  # characters of a response shown
+
+
+def document(evidence: Evidence) -> str:
+    """The whole of report.md."""
+    report = evidence.report
+    parts = [
+        f"# Apprentice: report of seed {report['seed']}\n\n{READING}",
+        f"## Models\n\n{comparison_table(report)}",
+        "## What the numbers say\n\n" + _bullets(findings(evidence)),
+        f"## Differences\n\nBold: clear of zero.\n\n{difference_table(report)}",
+        "## How training went\n\n" + _bullets(training_notes(evidence)),
+        f"## Every metric\n\n{full_table(report)}",
+        f"## Samples\n\n{_samples(evidence)}",
+        f"## What the metrics mean\n\n{_glossary(report)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def comparison_table(report: dict[str, Any]) -> str:
+    """Models by headline metrics: the first table of report.md, also what the flow prints at its end."""
+    keys = headline(report)
+    rows = [[name, *(_entry(key, values) for key in keys)] for name, values in report["models"].items()]
+    return table(["model", *map(label, keys)], rows)
+
+
+def _entry(key: str, values: dict[str, Any]) -> str:
+    return cell(key, values[key]) if key in values else ""
+
+
+def difference_table(report: dict[str, Any]) -> str:
+    """Every model less each baseline in the headline metrics."""
+    keys = headline(report)
+    found = {(one["model"], one["baseline"], one["metric"]): one for one in report["differences"]}
+    rows = []
+    for model, baseline in dict.fromkeys(pair[:2] for pair in found):
+        cells = [found.get((model, baseline, key)) for key in keys]
+        rows.append([f"{model} - {baseline}", *(_difference(one) if one else "" for one in cells)])
+    return table(["difference", *map(label, keys)], rows)
+
+
+def _difference(one: dict[str, Any]) -> str:
+    text = cell(one["metric"], one, "+")
+    return f"**{text}**" if clear_of_zero(one) else text
+
+
+def full_table(report: dict[str, Any]) -> str:
+    """All metrics by all models."""
+    models = report["models"]
+    keys = dict.fromkeys(key for values in models.values() for key in values)
+    return table(["metric", *models], ([f"`{key}`", *(_entry(key, models[name]) for name in models)] for key in keys))
+
+
+def findings(evidence: Evidence) -> list[str]:
+    """In words, what each trained method adds to or takes from each baseline in the headline metrics."""
+    baselines, lines = evidence.params.report.baselines, []
+    for model in evidence.report["models"]:
+        for baseline in baselines:
+            if model != "base" and model not in baselines:
+                lines.append(f"`{model}` against `{baseline}`: {_compared(evidence.report, model, baseline)}")
+    return lines or ["Only base and baselines were evaluated: there is no method to judge."]
+
+
+def _compared(report: dict[str, Any], model: str, baseline: str) -> str:
+    sides: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    for one in report["differences"]:
+        pair, key = (one["model"], one["baseline"]), one["metric"]
+        if pair == (model, baseline) and key in headline(report) and metric_of(key).better:
+            sides[verdict(one)].append(f"{label(key)} {cell(key, one, '+')}")
+    words = {"better": "better in", "worse": "**worse** in", "open": "not told apart in"}
+    return "; ".join(f"{words[side]} {', '.join(found)}" for side, found in sides.items() if found) + "."
+
+
+def training_notes(evidence: Evidence) -> list[str]:
+    """The label-free gate, the KL stop and the rejection sampling, each in a line."""
+    return [*_gates(evidence), *_kl_stop(evidence), *_rejection(evidence)]
+
+
+def _gates(evidence: Evidence) -> list[str]:
+    lines = []
+    for stage, metrics in evidence.metrics.items():
+        if gate := metrics.get("gate"):
+            lines.append(
+                f"Gate of `{stage}`: held-out demonstrations beat its own samples in self-reward in "
+                f"{cell('/self_reward_auc', gate)} % of pairs."
+            )
+            if gate["mean"] < 0.5:
+                lines[-1] += (
+                    " **Warning, below one half: its self-reward prefers its own text to the demonstrations, so raising "
+                    "it cannot help.** To serve as reward target it needs gentler training (fewer epochs, lower rate)."
+                )
+    return lines
+
+
+def _kl_stop(evidence: Evidence) -> list[str]:
+    history, config = evidence.histories["srppo"], evidence.params.srppo
+    if not history:
+        return []
+    moved = f"KL to SFT {history[-1]['kl_to_sft']:.2f} nats per response" if "kl_to_sft" in history[-1] else "no KL known"
+    limit = "no KL stop" if config.kl_stop is None else f"KL stop at {config.kl_stop:g}"
+    if len(history) < config.iterations:
+        return [f"SRPPO stopped after {len(history)} of {config.iterations} iterations: {moved} ({limit})."]
+    return [f"SRPPO ran all {config.iterations} iterations: {moved} at the end ({limit})."]
+
+
+def _rejection(evidence: Evidence) -> list[str]:
+    numbers = {key: value for key, value in evidence.metrics["pairs"].items() if isinstance(value, int | float)}
+    shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
+    return [f"Rejection sampling: {shown}."] if shown else []
+
+
+def chosen_samples(evidence: Evidence) -> dict[str, list[dict[str, dict[str, Any]]]]:
+    """For each domain the first `report.samples` prompts that every model answered: model -> its row."""
+    by_model = {name: {row["id"]: row for row in rows} for name, rows in evidence.samples.items()}
+    chosen: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    for row in next(iter(evidence.samples.values()), []):
+        found = chosen.setdefault(row["domain"], [])
+        if len(found) < evidence.params.report.samples and all(row["id"] in rows for rows in by_model.values()):
+            found.append({name: rows[row["id"]] for name, rows in by_model.items()})
+    return {domain: chosen[domain] for domain in sorted(chosen, key=place) if chosen[domain]}
+
+
+def _samples(evidence: Evidence) -> str:
+    parts = [
+        "The first prompts of each domain, not picked. Greedy: the likeliest token each time; drawn: one sample at "
+        f"temperature {evidence.params.evaluate.temperature:g}. From `data/reports/evaluate/<model>/samples.jsonl`."
+    ]
+    for domain, prompts in chosen_samples(evidence).items():
+        for by_model in prompts:
+            first = next(iter(by_model.values()))
+            answer = f", answer {_inline(str(first['answer']))}" if first.get("answer") is not None else ""
+            rows = [
+                [name, mark(row["greedy_correct"]), _inline(row["greedy"]), _inline(row["sample"])]
+                for name, row in by_model.items()
+            ]
+            parts.append(
+                f"### {DOMAINS.get(domain, domain)}, `{first['id']}`\n\n> {_inline(prompt_text(first['prompt']))}{answer}"
+            )
+            parts.append(table(["model", "right", "greedy", "drawn"], rows))
+    return "\n\n".join(parts)
+
+
+def mark(correct: bool | None) -> str:
+    """Right, wrong, or no verifier to say."""
+    return "" if correct is None else "yes" if correct else "no"
+
+
+def _inline(text: str) -> str:
+    """Text of a model inside a table cell: escaped, on one line, not endless."""
+    short = text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …"
+    escaped = short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
+    return "<br>".join(escaped.splitlines())
+
+
+def _glossary(report: dict[str, Any]) -> str:
+    metrics = [[f"`{key}`", metric.unit, metric.about] for key, metric in METRICS.items()]
+    present = {key.split("/")[0] for values in report["models"].values() for key in values}
+    domains = [[f"`{key}`", about] for key, about in ABOUT_DOMAINS.items() if key in present]
+    return table(["metric", "unit", "meaning"], metrics) + "\n\n" + table(["domain", "prompts"], domains)
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,166 @@
+"""What every metric is called, means and looks like: the one place where a metric key is explained."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its name for readers, its unit, which way is better (1 up, -1 down, 0 neither), its meaning."""
+
+    label: str
+    unit: str
+    better: int
+    about: str
+
+
+METRICS = {
+    "greedy_accuracy": Metric(
+        "greedy accuracy", "%", 1, "Share of prompts whose greedy response (the likeliest token each time) is right."
+    ),
+    "sampled_accuracy": Metric(
+        "sampled accuracy", "%", 1, "Share of right responses among those drawn at `evaluate.temperature`."
+    ),
+    "pass_at_k": Metric("pass@k", "%", 1, "Share of prompts with at least one right response in `evaluate.samples` draws."),
+    "self_reward_auc": Metric(
+        "self-reward AUC",
+        "%",
+        1,
+        "Chance that a right draw has a higher self-reward than a wrong one of the same prompt; one half is blind. "
+        "Only prompts with both kinds count.",
+    ),
+    "self_reward": Metric(
+        "self-reward",
+        "nats",
+        0,
+        "log-probability of a draw under `sft` less that under `base`, summed over the response: what SRPPO maximises. "
+        "Higher is not better by itself: compare it with accuracy.",
+    ),
+    "kl_to_sft": Metric("KL to SFT", "nats", 0, "How far the model has moved from `sft`, per response, on its own draws."),
+    "kl_to_base": Metric("KL to base", "nats", 0, "How far the model has moved from `base`, per response, on its own draws."),
+    "length": Metric("length", "tokens", 0, "Tokens of a draw. Growing with the reward, it tells of length hacking."),
+    "eos_rate": Metric("EOS rate", "%", 1, "Share of draws that end by themselves and not at `evaluate.max_new_tokens`."),
+    "distinct_2": Metric(
+        "distinct-2",
+        "%",
+        0,
+        "Different pairs of neighbouring tokens among all pairs of a prompt's draws; low: repetitive.",
+    ),
+    "held_out_loss": Metric(
+        "held-out loss", "nats", -1, "Mean loss per response token of held-out demonstrations; needs no verifier."
+    ),
+}
+
+TRAINING = {
+    "loss": "What the optimiser minimises: per response token in fine-tuning, per pair in preference optimisation.",
+    "learning_rate": "Of this step, after warm-up and decay.",
+    "grad_norm": "Length of the gradient before clipping.",
+    "reward": "Mean self-reward of an iteration's rollouts, before whitening and KL penalty, in nats.",
+    "reward_std": "Its standard deviation over rollouts; near zero there is nothing left to learn from.",
+    "reward_length_slope": "Reward gained per further token, by least squares; well above zero: length hacking.",
+    "reward_number": "Part of the reward that falls on number tokens.",
+    "reward_word": "Part of the reward that falls on word tokens.",
+    "reward_symbol": "Part of the reward that falls on symbols.",
+    "reward_eos": "Part of the reward that falls on the end-of-sequence token.",
+    "entropy": "Mean entropy of the policy per token, in nats; near zero it repeats one response.",
+    "clip_fraction": "Share of tokens whose probability ratio left the clip range.",
+    "approx_kl": "KL of one update, in nats per token: how far it went from the policy that drew the rollouts.",
+    "explained_variance": "Share of the returns' variance that the critic predicts; below zero it misleads.",
+    "policy_loss": "Clipped surrogate loss of the policy.",
+    "value_loss": "Squared error of the critic.",
+    "accuracy": "Share of pairs whose chosen response has the higher implicit reward.",
+    "margin": "Implicit reward of the chosen response less that of the rejected one.",
+    "chosen_logps": "log-probability of chosen responses; falling along with the rejected ones, the pair is unlearned.",
+    "rejected_logps": "log-probability of rejected responses.",
+}
+
+DOMAINS = {
+    "in_domain": "in-domain",
+    "out_of_domain": "out-of-domain",
+    "out_of_domain_pool": "out-of-domain, in the pool",
+    "out_of_domain_unseen": "out-of-domain, unseen",
+    "long": "long",
+    "validation": "validation",
+}
+
+ABOUT_DOMAINS = {
+    "in_domain": "held-out prompts of the kinds that were demonstrated",
+    "out_of_domain": "the next two together",
+    "out_of_domain_pool": "kinds that were never demonstrated; their prompts are in the unlabelled pool",
+    "out_of_domain_unseen": "kinds in neither the demonstrations nor the pool",
+    "long": "demonstrated kinds with more steps than any demonstration has",
+    "validation": "held-out demonstrations",
+}
+
+HEADLINE = (
+    "in_domain/greedy_accuracy",
+    "in_domain/sampled_accuracy",
+    "out_of_domain/greedy_accuracy",
+    "out_of_domain/sampled_accuracy",
+    "validation/held_out_loss",
+    "in_domain/kl_to_sft",
+)
+WITHOUT_VERIFIER = (*HEADLINE[-2:], "in_domain/self_reward", "in_domain/length", "in_domain/eos_rate")
+
+
+def headline(report: dict[str, Any]) -> list[str]:
+    """Keys of the comparison table that the report has; without a verifier, what needs none."""
+    present = {key for values in report["models"].values() for key in values}
+    keys = HEADLINE if any(key.endswith("accuracy") for key in present) else WITHOUT_VERIFIER
+    return [key for key in keys if key in present]
+
+
+def entry(key: str) -> str:
+    """The key of METRICS that explains `in_domain/pass_at_8`: `pass_at_k`."""
+    return re.sub(r"^pass_at_\d+$", "pass_at_k", key.rsplit("/", 1)[-1])
+
+
+def metric_of(key: str) -> Metric:
+    """The metric of a key with or without its domain; one that METRICS lacks goes by its name."""
+    return METRICS.get(entry(key), Metric(entry(key).replace("_", " "), "", 0, ""))
+
+
+def place(key: str) -> tuple[int, int, str]:
+    """Where a key stands in tables: domains and metrics in the order above, unknown ones last."""
+    return _rank(list(DOMAINS), key.split("/")[0]), _rank(list(METRICS), entry(key)), key
+
+
+def _rank(order: list[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def label(key: str) -> str:
+    """`in_domain/pass_at_8` for readers: "in-domain pass@8"."""
+    domain, name = key.split("/")[0], metric_of(key).label
+    if entry(key) == "pass_at_k":
+        name = f"pass@{key.rsplit('_', 1)[-1]}"
+    return name if entry(key) == "held_out_loss" or "/" not in key else f"{DOMAINS.get(domain, domain)} {name}"
+
+
+def number(key: str, value: float, sign: str = "") -> str:
+    """A value as readers see it: shares in per cent, others with three figures; `sign` "+" writes plus as well."""
+    if metric_of(key).unit == "%":
+        text = f"{100 * value:{sign}.0f}"
+    else:
+        text = f"{value:{sign}.{1 if abs(value) >= 10 else 2}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def cell(key: str, interval: dict[str, Any], sign: str = "") -> str:
+    """A value with its interval: `85 [80, 89]`; of a single prompt no interval is known."""
+    middle = number(key, interval["mean"] if "mean" in interval else interval["difference"], sign)
+    if interval["low"] is None:
+        return f"{middle} [one prompt]"
+    return f"{middle} [{number(key, interval['low'], sign)}, {number(key, interval['high'], sign)}]"
+
+
+def clear_of_zero(difference: dict[str, Any]) -> bool:
+    """Whether the whole interval lies on one side of zero."""
+    return difference["low"] is not None and (difference["low"] > 0 or difference["high"] < 0)
+
+
+def verdict(difference: dict[str, Any]) -> str:
+    """`better`, `worse` or `open` (zero lies inside, or the metric has no better side)."""
+    side = metric_of(difference["metric"]).better * difference["difference"]
+    return "open" if not clear_of_zero(difference) or not side else "better" if side > 0 else "worse"

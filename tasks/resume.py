@@ -1,0 +1,118 @@
+"""Unfinished work of a stage: snapshots under `.resume/<stage>/<key>`, outside DVC's outputs, which DVC removes before a run.
+
+The key is a hash of command, params and inputs, so a changed stage never meets old state. A snapshot is one safetensors
+file for the tensors and one JSON file for the rest, in a folder that appears under its name only when whole.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from apprentice.recorder import Recorder, Row, State
+from tasks.stage import Stage, stores_root
+
+
+class StageRecorder(Recorder):
+    """Writes `history.csv`, progress and telemetry as steps happen, and a snapshot when one is due."""
+
+    def __init__(self, stage: Stage, *shown: str) -> None:
+        super().__init__()
+        self.stage, self.shown = stage, shown
+        self.folder = stores_root() / ".resume" / stage.label / stage.key
+        self._saved = time.monotonic()
+        stage.at_end(self.clear)
+
+    def resume(self) -> State | None:
+        """The last snapshot of this very work, if it was interrupted; the history is rewritten up to it."""
+        saved = load_state(self.folder / "last")
+        self.rows = saved.pop("rows") if saved else []
+        self.stage.history.start(self.rows)
+        if saved:
+            self.stage.say(f"continuing after step {len(self.rows)} of an interrupted run")
+            self.stage.telemetry(event="resumed", resumed_at=len(self.rows))
+        self.stage.start_clock()
+        return saved
+
+    def step(self, done: int, total: int, row: Row, state: Callable[[], State]) -> None:
+        """Append to the history, show progress, snapshot when `runtime.checkpoint_seconds` have passed."""
+        super().step(done, total, row, state)
+        self.stage.history.append(self.rows[-1])
+        self.stage.progress(done, total, **{name: value for name in self.shown if (value := row.get(name)) is not None})
+        if done < total and time.monotonic() - self._saved >= self.stage.params.runtime.checkpoint_seconds:
+            self._prune()
+            save_state(self.folder / "last", {**state(), "rows": self.rows})
+            self._saved = time.monotonic()
+
+    def warn(self, message: str) -> None:
+        """Print a warning and keep it in the telemetry."""
+        self.stage.warn(message)
+
+    def clear(self) -> None:
+        """The stage is done: its unfinished work is no longer needed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _prune(self) -> None:
+        """Keep the newest `runtime.resume_folders` unfinished runs of the stage, this one included."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.utime(self.folder)
+        folders = sorted(self.folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in folders[max(1, self.stage.params.runtime.resume_folders) :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Write a state atomically: the previous one stays whole until the new one is."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    rest = _take_tensors(state, "", tensors)
+    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / "tensors.safetensors")
+    (partial / "rest.json").write_text(json.dumps(rest))
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(folder: Path) -> State | None:
+    """Read what `save_state` wrote, the previous state if a crash fell between its last two renames; None if there is none."""
+    from safetensors.torch import load_file
+
+    old = folder.with_name(f"{folder.name}.old")
+    folder = folder if folder.exists() else old
+    if not folder.exists():
+        return None
+    tensors = load_file(folder / "tensors.safetensors")
+    state: State = _put_tensors(json.loads((folder / "rest.json").read_text()), tensors)
+    return state
+
+
+def _take_tensors(value: Any, key: str, tensors: dict[str, Any]) -> Any:
+    """Replace each tensor in nested dicts and lists by a reference, gathering the tensors."""
+    if hasattr(value, "detach"):
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {name: _take_tensors(item, f"{key}/{name}", tensors) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_take_tensors(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"} and value["tensor"] in tensors:
+            return tensors[value["tensor"]]
+        return {name: _put_tensors(item, tensors) for name, item in value.items()}
+    return [_put_tensors(item, tensors) for item in value] if isinstance(value, list) else value

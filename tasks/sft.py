@@ -1,0 +1,13 @@
+"""Fine-tune the base gently on the demonstrations: start, reward target and KL anchor of what follows."""
+
+from tasks.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    """Write data/models/sft, its history and metrics, the label-free gate among them."""
+    from tasks.fine_tuning import fine_tune_stage
+
+    fine_tune_stage(stage)
+
+
+run(__name__, main, __doc__)

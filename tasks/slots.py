@@ -1,0 +1,71 @@
+"""How many torch stages may run side by side, and on which device each.
+
+Two torch stages on one contended core cost a factor of ten, so there are as many places as cores / `compute.threads`, or
+one per GPU. Other stages are small and need no place.
+"""
+
+import os
+import queue
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from apprentice.config import Params
+from tasks.process import Stopped, stopping
+
+Place = dict[str, str]  # environment variables of a stage in this place
+
+
+class Slots:
+    """A fixed number of places; each holds one stage at a time."""
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+        self._free: queue.Queue[Place] = queue.Queue()
+        for place in places:
+            self._free.put(place)
+
+    @contextmanager
+    def take(self, say: Callable[[str], None]) -> Iterator[Place]:
+        """Wait for a free place and hold it."""
+        if self._free.empty():
+            say(f"waiting for a place: {len(self.places)} torch stage(s) at a time (runtime.parallel_stages)")
+        place = None
+        while place is None:
+            if stopping():
+                raise Stopped("while waiting for a place")
+            try:
+                place = self._free.get(timeout=0.2)
+            except queue.Empty:
+                continue
+        try:
+            yield place
+        finally:
+            self._free.put(place)
+
+
+def slots_of(params: Params) -> Slots:
+    """`runtime.parallel_stages` places, or one per GPU, or cores / `compute.threads`, at least one."""
+    gpus = cuda_devices() if params.compute.device in ("auto", "cuda") else []
+    count = params.runtime.parallel_stages or len(gpus) or max(1, cores() // params.compute.threads)
+    return Slots([{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(count)])
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cuda_devices() -> list[str]:
+    """Names of the CUDA devices for CUDA_VISIBLE_DEVICES, without importing torch."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return found.stdout.split() if found.returncode == 0 else []

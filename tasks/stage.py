@@ -1,0 +1,207 @@
+"""What every stage shares: params, paths, history, metrics, telemetry, progress, resuming.
+
+A stage module is `def main(stage): read, call one core function, write` and ends with `run(__name__, main, __doc__)`.
+"""
+
+import csv
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from apprentice.config import Params, ParamsError, parse
+from apprentice.demonstrations import atomic_write
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class StageError(RuntimeError):
+    """A stage cannot go on for a reason the user can mend; the message says what to do."""
+
+
+def stores_root() -> Path:
+    """Where stores that outlive a workspace live: the project itself, also inside `dvc exp run --temp`."""
+    return Path(os.environ.get("DVC_ROOT") or ROOT)
+
+
+def read_params(path: Path | None = None) -> Params:
+    """Read and check the whole of params.yaml (ours, unless another is named)."""
+    import yaml
+
+    path = path or ROOT / "params.yaml"
+    try:
+        return parse(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path.name} is no valid YAML: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+class History:
+    """`history.csv`, one row a step, flushed as it happens so that a tracker can follow; fixed header."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, rows: list[dict[str, float | None]]) -> None:
+        """Begin anew, with the rows of the steps already done (on resuming)."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.unlink(missing_ok=True)
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: dict[str, float | None]) -> None:
+        """Add one step."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow({key: "" if value is None else f"{value:.6g}" for key, value in row.items()})
+
+
+class Stage:
+    """One running stage: its params, its folders, and where it reports."""
+
+    def __init__(self, name: str, params: Params, item: str | None = None) -> None:
+        self.name, self.params, self.item = name, params, item
+        self.config = getattr(params, name)
+        self.data = ROOT / "data"
+        self.reports = self.data / "reports" / name / (item or "")
+        self.history = History(self.reports / "history.csv")
+        self._began = self._said = time.monotonic()
+        self._first_step: int | None = None
+        self._at_end: list[Callable[[], None]] = []
+
+    @property
+    def label(self) -> str:
+        """The stage's DVC address, e.g. `sft` or `evaluate@base`."""
+        return f"{self.name}@{self.item}" if self.item else self.name
+
+    def say(self, message: str) -> None:
+        """Print one line under the stage's name."""
+        print(f"[{self.label}] {message}", flush=True)
+
+    def warn(self, message: str) -> None:
+        """Print a warning and keep it in the telemetry."""
+        self.say(f"WARNING: {message}")
+        self.telemetry(event="warning", message=message)
+
+    def progress(self, step: int, total: int, **shown: float) -> None:
+        """Print step, figures, rate and remaining time, at most every `runtime.progress_seconds`."""
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = step - 1
+        rate = (step - self._first_step) / max(now - self._began, 1e-9)
+        self.telemetry(event="step", step=step, total=total, steps_per_second=round(rate, 4))
+        if step < total and now - self._said < self.params.runtime.progress_seconds:
+            return
+        self._said = now
+        left = timedelta(seconds=round((total - step) / rate))
+        figures = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        self.say(f"{step}/{total} {figures} | {rate:.3g} steps/s, {left} left")
+
+    def start_clock(self) -> None:
+        """Begin the rate and remaining time of `progress` here, loading left out."""
+        self._began, self._first_step = time.monotonic(), None
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Write `metrics.json`, the figures DVC and MLflow show for this stage."""
+        write_json(self.reports / "metrics.json", values)
+
+    def telemetry(self, **event: Any) -> None:
+        """Append what differs from run to run (times, rates, host); never a DVC output."""
+        path = stores_root() / ".telemetry" / f"{self.label}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the stage's command, params and inputs: equal keys mean equal work."""
+        from tasks.dvcstage import current_key
+
+        return current_key(self.label)
+
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Do something once the stage has ended well."""
+        self._at_end.append(act)
+
+    def finish(self) -> None:
+        """Do what was asked for the end."""
+        for act in self._at_end:
+            act()
+        self.telemetry(event="finished")
+
+
+def run(
+    module: str, main: Callable[[Stage], None], about: str | None, items: Callable[[Params], list[str]] | None = None
+) -> None:
+    """Entry point of a stage module: parse the command line, check params, run, report errors in a line.
+
+    Does nothing on import. `items` lists the allowed items of a `foreach` stage, given on the command line.
+    """
+    if module != "__main__":
+        return
+    name = Path(sys.argv[0]).stem
+    params_error: str | None = None
+    try:
+        params = read_params()
+        item = _command_line(name, about, items(params) if items else None)
+        stage = Stage(name, params, item)
+        _begin(stage)
+        main(stage)
+    except (ParamsError, StageError) as error:
+        params_error = f"{type(error).__name__}: {error}"
+    if params_error:
+        print(f"[{name}] {params_error}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+    _finish(stage)
+
+
+def _command_line(name: str, about: str | None, items: list[str] | None) -> str | None:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tasks.{name}",
+        description=about,
+        epilog=f"Settings: params.yaml, section `{name}`. `dvc repro {name}` runs this and what it needs.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if items:
+        parser.add_argument("item", choices=items, help="the model")
+    return getattr(parser.parse_args(), "item", None)
+
+
+def _begin(stage: Stage) -> None:
+    """By hand, remove the stage's outputs first, as DVC does; set threads; note the start."""
+    if "DVC_STAGE" not in os.environ:
+        from tasks.dvcstage import outputs_of
+
+        for path in outputs_of(stage.label):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    stage.reports.mkdir(parents=True, exist_ok=True)
+    stage.telemetry(event="started", host=os.uname().nodename, pid=os.getpid())
+
+
+def _finish(stage: Stage) -> None:
+    stage.finish()
+    if "DVC_STAGE" not in os.environ:
+        stage.say(f"done. `dvc commit {stage.label}` records it, `dvc repro` brings what depends on it up to date.")
+
+
+def rows_of(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file as dicts."""
+    with path.open(newline="") as file:
+        yield from csv.DictReader(file)

@@ -1,0 +1,31 @@
+"""Train the tiny word tokenizer on the clean tables, or take the one of a real checkpoint (pretrain.checkpoint)."""
+
+from tasks.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    """Write data/models/tokenizer and its size."""
+    from apprentice.demonstrations import prompt_text, read_demonstrations
+    from apprentice.tokens import SPECIAL, train_word_tokenizer
+    from apprentice.world import WORDS
+
+    checkpoint = stage.params.pretrain.checkpoint
+    if checkpoint:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=stage.params.pretrain.revision, trust_remote_code=False)
+        stage.say(f"took the tokenizer of {checkpoint}: {len(tokenizer)} tokens")
+    else:
+        tables = [
+            read_demonstrations(stage.data / "clean" / f"{name}.jsonl")
+            for name in ("demonstrations", "validation", "prompts", "evaluation")
+        ]
+        texts = [f"{prompt_text(row.prompt)} {row.response or ''}" for rows in tables for row in rows]
+        world = all(row.source.startswith("world") for row in tables[0])
+        tokenizer = train_word_tokenizer(texts, stage.config.max_words, WORDS if world else ())
+        stage.say(f"{len(tokenizer)} tokens, {len(SPECIAL)} of them reserved")
+    tokenizer.save_pretrained(stage.data / "models" / "tokenizer")
+    stage.metrics({"tokens": len(tokenizer)})
+
+
+run(__name__, main, __doc__)

@@ -1,0 +1,77 @@
+"""Fixtures of all tests: a project of their own in a temporary folder, and params with a few entries changed."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from apprentice.config import Params, parse
+
+ROOT = Path(__file__).parents[1]
+PARTS = ["apprentice", "tasks", "flows", "methods", "presets", "data/raw", ".dvc/config", ".dvcignore", ".gitignore"]
+PARTS += ["params.yaml", "dvc.yaml", "pipelines.dvc", "pyproject.toml"]
+
+
+def changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of parsed params with entries such as {"ingest.source.kind": "jsonl"} set."""
+    raw = copy.deepcopy(raw)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = raw
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return raw
+
+
+@dataclass
+class Project:
+    """A copy of the project's tracked files, with no data, store or history of the user's."""
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def set(self, **changes: Any) -> None:
+        """Change params.yaml; double underscores stand for dots: `ingest__source__kind="jsonl"`."""
+        file = self.path("params.yaml")
+        keys = {key.replace("__", "."): value for key, value in changes.items()}
+        file.write_text(yaml.safe_dump(changed(yaml.safe_load(file.read_text()), keys), sort_keys=False))
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the copy, e.g. `run("-m", "tasks.ingest")` for Python."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
+        own |= {"PYTHONPATH": str(self.root), "DVC_NO_ANALYTICS": "1", **environment}
+        return subprocess.run([sys.executable, *command], cwd=self.root, env=own, capture_output=True, text=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A fresh copy of the project in a temporary folder."""
+    root = tmp_path / "project"
+    for part in PARTS:
+        source, target = ROOT / part, root / part
+        if not source.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return Project(root)
+
+
+@pytest.fixture
+def params() -> Callable[..., Params]:
+    """The shipped params, with changes: `params(**{"ingest.same_prompt": "first"})`."""
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    return lambda **changes: parse(changed(raw, changes))

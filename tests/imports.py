@@ -1,0 +1,141 @@
+"""Who imports what, read with `ast`: nothing is run, imports inside functions count.
+
+`python -m tests.imports` prints the code that each DVC stage must depend on; `--write` puts it into dvc.yaml.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("apprentice", "tasks", "flows")
+# Imported by stages and yet no dependency of them: it finds keys and paths, and no byte of a result comes from it.
+BOOKKEEPING = {"tasks/dvcstage.py"}
+
+
+def sources(*packages: str) -> list[str]:
+    """Every Python file of the packages, as paths from the root."""
+    return sorted(str(path.relative_to(ROOT)) for name in packages for path in (ROOT / name).rglob("*.py"))
+
+
+@cache
+def tree_of(path: str) -> ast.Module:
+    """The parsed file."""
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def file_of(module: str) -> str | None:
+    """The file of one of our modules, or None for a library's."""
+    base = ROOT.joinpath(*module.split("."))
+    if module.split(".")[0] not in PACKAGES:
+        return None
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return str(candidate.relative_to(ROOT))
+    return None
+
+
+def imported_by(path: str) -> set[str]:
+    """Modules a file imports anywhere, ours by their full name: `from tasks import stage` gives tasks and tasks.stage."""
+    return {name for node in ast.walk(tree_of(path)) for name in _names(node)}
+
+
+def imported_at_start(path: str) -> set[str]:
+    """Modules a file imports when it is itself imported: those outside functions and `if TYPE_CHECKING`."""
+    return {name for node in _outside_functions(tree_of(path)) for name in _names(node)}
+
+
+def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+        if not typing_only and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from _outside_functions(child)
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        if node.level:
+            raise ValueError(f"line {node.lineno}: relative import; write the full name")
+        yield node.module or ""
+        yield from (name for alias in node.names if file_of(name := f"{node.module}.{alias.name}"))
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        if not (node.args and isinstance(node.args[0], ast.Constant)):
+            raise ValueError(f"line {node.lineno}: an import by a computed name hides a dependency")
+        yield str(node.args[0].value)
+
+
+def our_imports(path: str) -> set[str]:
+    """Our files a file imports. A package's `__init__.py` counts when it holds more than a docstring."""
+    files = {file_of(part) for name in imported_by(path) for part in _with_parents(name)}
+    return {file for file in files if file and file != path and not _is_bare_package(file)}
+
+
+def _with_parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _is_bare_package(path: str) -> bool:
+    body = tree_of(path).body
+    return path.endswith("__init__.py") and all(isinstance(node, ast.Expr) for node in body)
+
+
+def closure(path: str) -> list[str]:
+    """The file and all of ours that it imports, directly or through others, bookkeeping left out; sorted."""
+    found, waiting = set(), [path]
+    while waiting:
+        file = waiting.pop()
+        if file not in found and file not in BOOKKEEPING:
+            found.add(file)
+            waiting += our_imports(file)
+    return sorted(found)
+
+
+def pipelines() -> list[Path]:
+    """The files that hold stages: the main line and, once there, the further methods."""
+    return [path for path in (ROOT / "dvc.yaml", ROOT / "methods" / "dvc.yaml") if path.is_file()]
+
+
+def body_of(stage: dict[str, Any]) -> dict[str, Any]:
+    """What a stage does: under `do` when it is one of many by `foreach` or `matrix`."""
+    return stage.get("do", stage)
+
+
+def is_code(dependency: object) -> bool:
+    """Whether an entry of `deps` is a source file of ours and not data or a template."""
+    return isinstance(dependency, str) and dependency.endswith(".py") and "${" not in dependency
+
+
+def module_file(stage: dict[str, Any]) -> str:
+    """The file that the stage's command runs, from `python -m tasks.<stage> ...`."""
+    return body_of(stage)["cmd"].split()[2].replace(".", "/") + ".py"
+
+
+def main(arguments: list[str]) -> None:
+    """Print each stage's code dependencies, or write them."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 4096
+    for path in pipelines():
+        document = yaml.load(path)
+        for name, stage in document["stages"].items():
+            if not (ROOT / module_file(stage)).is_file():
+                print(f"{name}: {module_file(stage)} is not there yet")
+                continue
+            code = closure(module_file(stage))
+            print(f"{name}:", *code, sep="\n    - ")
+            deps = body_of(stage)["deps"]
+            deps[:] = [dep for dep in deps if not is_code(dep)] + code
+        if "--write" in arguments:
+            yaml.dump(document, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

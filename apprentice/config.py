@@ -350,7 +350,7 @@ def _read_scalar(kind: type, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    _expect(type(value) is kind and (kind is not float or math.isfinite(value)), key, words, value)
+    _expect(type(value) is kind and not (isinstance(value, float) and not math.isfinite(value)), key, words, value)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Masked arithmetic, and the check of shapes at the door. Nowhere else is anything multiplied by a mask and divided by its sum."""
+"""Masked arithmetic, and the check of shapes at the door; masked means are taken nowhere else."""
 
 import torch
 from torch import Tensor

@@ -143,7 +143,7 @@ class Critic(nn.Module):
         """[B, T] values, each read at the position before its token is produced; 0 in the padding."""
         with compute.autocast():
             hidden = self.trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
-        values = self.head(hidden.float()).squeeze(-1)
+        values: Tensor = self.head(hidden.float()).squeeze(-1)
         return values.gather(1, batch.response_positions() - 1) * batch.mask
 
 

@@ -20,7 +20,7 @@ from apprentice.losses import clipped_policy_loss, value_loss
 from apprentice.masking import masked_mean, whiten
 from apprentice.optimise import Optimiser
 from apprentice.policy import Critic, response_scores, score, values_of, weights
-from apprentice.recorder import Recorder, Row, State
+from apprentice.recorder import Recorder, State
 from apprentice.rewards import kl_penalty, length_slope, place, self_reward, split_by_class, token_rewards
 from apprentice.sampling import Request, Rollout, sample
 from apprentice.tokens import Batch
@@ -92,7 +92,7 @@ class SelfRewardingPPO:
                 )
             row |= self.update(experience)
             self.iteration += 1
-            recorder.step(self.iteration, self.config.iterations, dict(row), self.state)
+            recorder.step(self.iteration, self.config.iterations, row, self.state)
         return {"iterations": self.iteration, "stopped_by": stopped, "kl_to_anchor": row["kl_to_anchor"]}
 
     def sample(self) -> Rollout:
@@ -111,7 +111,7 @@ class SelfRewardingPPO:
             compute=self.compute,
         )
 
-    def evaluate(self, rollout: Rollout) -> tuple[Row, Experience]:
+    def evaluate(self, rollout: Rollout) -> tuple[dict[str, float], Experience]:
         """Score a rollout: reward, KL penalty, values, advantages; with the diagnostics of the iteration."""
         config, batch, mask = self.config, rollout.batch, rollout.batch.mask
         old_logps = self._old_logps(rollout)
@@ -129,7 +129,7 @@ class SelfRewardingPPO:
         raw = self_reward(parts, mask, config.span)
         trusted = float(raw.std(correction=0)) >= config.reward_std_floor
         advantages = whiten(advantages, mask) if config.whiten and trusted else advantages / self.value_scale
-        row: Row = {
+        row = {
             "reward": float(raw.mean()),
             "reward_std": float(raw.std(correction=0)),
             "reward_length_slope": length_slope(raw, batch.response_lengths),

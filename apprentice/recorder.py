@@ -1,6 +1,6 @@
 """What a training loop tells the outside: a row of figures each step, and its whole state when a snapshot is due."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Row = dict[str, float | None]
@@ -17,7 +17,7 @@ class Recorder:
         """The last snapshot of an interrupted run, or None; restores `rows` with it."""
         return None
 
-    def step(self, done: int, total: int, row: Row, state: Callable[[], State]) -> None:
+    def step(self, done: int, total: int, row: Mapping[str, float | None], state: Callable[[], State]) -> None:
         """Note that step `done` of `total` is over; `state` makes the snapshot, called only when one is due."""
         self.rows.append({"step": done, **row})
 

@@ -69,3 +69,14 @@ def length_slope(rewards: Tensor, lengths: Tensor) -> float:
 def split_by_class(parts: Tensor, mask: Tensor, classes: Tensor, count: int) -> list[float]:
     """Mean over responses of the reward earned by each of `count` classes of tokens: parts, mask, classes [B, T]."""
     return [float(masked_sum(parts, mask * (classes == kind)).mean()) for kind in range(count)]
+
+
+def ranker_reward(first_logits: Tensor, second_logits: Tensor) -> Tensor:
+    """[B] pointwise reward of a response against a baseline from a pairwise ranker (RSO, 2309.06657, section 3.2).
+
+    `first_logits`: logit of P(response preferred) with the response shown first; `second_logits`: logit of P(first shown
+    preferred) with the baseline shown first. Averaged over both orders in logit space, so that an additive position bias
+    cancels and the baseline's own reward is exactly 0.
+    """
+    check_shape("second_logits", second_logits, *first_logits.shape)
+    return 0.5 * (first_logits - second_logits)

@@ -7,7 +7,7 @@ from typing import Any
 
 from apprentice.config import Params
 from apprentice.demonstrations import read_jsonl
-from tasks.intervals import mean_interval, paired_difference, t_interval
+from tasks.intervals import Interval, mean_interval, paired_difference, t_interval
 from tasks.report_metrics import metric_of, place
 from tasks.stage import StageError, rows_of
 
@@ -61,10 +61,17 @@ def read_values(path: Path) -> Values:
     return {key: found[key] for key in sorted(found, key=place)}
 
 
-def summary(values: Values) -> dict[str, dict[str, float | None]]:
-    """Mean and interval of each metric; only shares may take Wilson's interval (a KL of zero is exact)."""
-    interval = {key: mean_interval if metric_of(key).unit == "%" else t_interval for key in values}
-    return {key: _rounded(interval[key](by_id.values())) for key, by_id in values.items()}
+def summary(values: Values) -> dict[str, Interval]:
+    """Mean and interval of each metric."""
+    return {key: _rounded(_interval(key, list(by_id.values()))) for key, by_id in values.items()}
+
+
+def _interval(key: str, values: list[float]) -> Interval:
+    """Only shares may take Wilson's interval (a KL that is always 0 is exact), and they end at 0 and 1."""
+    if metric_of(key).unit != "%":
+        return t_interval(values)
+    found = mean_interval(values)
+    return {end: None if value is None else min(1.0, max(0.0, value)) for end, value in found.items()}
 
 
 def differences(values: dict[str, Values], baselines: list[str]) -> list[dict[str, Any]]:
@@ -79,7 +86,7 @@ def differences(values: dict[str, Values], baselines: list[str]) -> list[dict[st
     ]
 
 
-def _rounded(interval: dict[str, float | None]) -> dict[str, float | None]:
+def _rounded(interval: Interval) -> Interval:
     """Six decimals, and no negative zero, so that equal numbers are equal text."""
     return {key: None if value is None else round(value, 6) + 0.0 for key, value in interval.items()}
 

@@ -44,7 +44,7 @@ def _around_zero(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _mean(evidence: Evidence, one: dict[str, Any]) -> Mean:
-    text = cell(one["metric"], one, "+").replace("-", "−")
+    text = cell(one["metric"], one, "+")
     shade = color(evidence, one["model"])
     return Mean(one["model"], shade, one["difference"], one["low"], one["high"], text, clear_of_zero(one))
 

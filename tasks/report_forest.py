@@ -55,13 +55,13 @@ def _scale(frame: Frame, scale: float) -> str:
 
 def _row(frame: Frame, mean: Mean, y: float) -> str:
     low, middle, high = (f"{frame.px(value):.1f}" for value in (mean.low, mean.middle, mean.high))
-    kind = "clear" if mean.clear else "unclear"
+    kind, name, text = "clear" if mean.clear else "unclear", escape(mean.name), escape(mean.text)
     return (
-        f'<g class="{kind}" style="--c:{mean.color}"><title>{escape(mean.name)}: {escape(mean.text)}</title>'
-        f'<text class="name" x="{frame.margin[3] - 10}" y="{y:g}" dy=".32em" text-anchor="end">{escape(mean.name)}</text>'
+        f'<g class="{kind}" style="--c:{mean.color}"><title>{name}: {text}</title>'
+        f'<text class="name" x="{frame.margin[3] - 10}" y="{y:g}" dy=".32em" text-anchor="end">{name}</text>'
         f'<line class="whisker" x1="{low}" x2="{high}" y1="{y:g}" y2="{y:g}"/>'
         f'<circle class="mean" cx="{middle}" cy="{y:g}" r="4.6"/>'
-        f'<text class="value" x="{frame.width - 2}" y="{y:g}" dy=".32em" text-anchor="end">{escape(mean.text)}</text></g>'
+        f'<text class="value" x="{frame.width - 2}" y="{y:g}" dy=".32em" text-anchor="end">{text}</text></g>'
     )
 
 

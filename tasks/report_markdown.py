@@ -81,23 +81,25 @@ def full_table(report: dict[str, Any]) -> str:
 
 
 def findings(evidence: Evidence) -> list[str]:
-    """In words, what each trained method adds to or takes from each baseline in the headline metrics."""
-    baselines, lines = evidence.params.report.baselines, []
-    for model in evidence.report["models"]:
-        for baseline in baselines:
-            if model != "base" and model not in baselines:
-                lines.append(f"`{model}` against `{baseline}`: {_compared(evidence.report, model, baseline)}")
+    """`comparisons` in words."""
+    words = {"better": "better in", "worse": "**worse** in", "open": "not told apart in"}
+    lines = []
+    for model, baseline, sides in comparisons(evidence):
+        said = "; ".join(f"{words[side]} {', '.join(found)}" for side, found in sides.items() if found)
+        lines.append(f"`{model}` against `{baseline}`: {said}.")
     return lines or ["Only base and baselines were evaluated: there is no method to judge."]
 
 
-def _compared(report: dict[str, Any], model: str, baseline: str) -> str:
-    sides: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+def comparisons(evidence: Evidence) -> list[tuple[str, str, dict[str, list[str]]]]:
+    """What each trained method adds to or takes from each baseline: (model, baseline, verdict -> headline metrics)."""
+    baselines, report = evidence.params.report.baselines, evidence.report
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for one in report["differences"]:
-        pair, key = (one["model"], one["baseline"]), one["metric"]
-        if pair == (model, baseline) and key in headline(report) and metric_of(key).better:
+        model, baseline, key = one["model"], one["baseline"], one["metric"]
+        if model != "base" and model not in baselines and key in headline(report) and metric_of(key).better:
+            sides = found.setdefault((model, baseline), {"better": [], "worse": [], "open": []})
             sides[verdict(one)].append(f"{label(key)} {cell(key, one, '+')}")
-    words = {"better": "better in", "worse": "**worse** in", "open": "not told apart in"}
-    return "; ".join(f"{words[side]} {', '.join(found)}" for side, found in sides.items() if found) + "."
+    return [(*pair, sides) for pair, sides in found.items()]
 
 
 def training_notes(evidence: Evidence) -> list[str]:
@@ -115,8 +117,8 @@ def _gates(evidence: Evidence) -> list[str]:
             )
             if gate["mean"] < 0.5:
                 lines[-1] += (
-                    " **Warning, below one half: its self-reward prefers its own text to the demonstrations, so raising "
-                    "it cannot help.** To serve as reward target it needs gentler training (fewer epochs, lower rate)."
+                    " **Warning, below one half: its self-reward prefers its own text to the demonstrations, so "
+                    "raising it cannot help.** To serve as reward target it needs gentler training (fewer epochs, lower rate)."
                 )
     return lines
 
@@ -174,10 +176,14 @@ def mark(correct: bool | None) -> str:
     return "" if correct is None else "yes" if correct else "no"
 
 
+def shortened(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …"
+
+
 def _inline(text: str) -> str:
     """Text of a model inside a table cell: escaped, on one line, not endless."""
-    short = text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …"
-    escaped = short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
+    escaped = shortened(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")
     return "<br>".join(escaped.splitlines())
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its name for readers, its unit, which way is better (1 up, -1 down, 0 neither), its meaning."""
+    """One metric: its name for readers, unit, better side (1 up, -1 down, 0 neither), meaning, decimals shown."""
 
     label: str
     unit: str
     better: int
     about: str
+    places: int = 2
 
 
 METRICS = {
@@ -39,7 +40,7 @@ METRICS = {
     ),
     "kl_to_sft": Metric("KL to SFT", "nats", 0, "How far the model has moved from `sft`, per response, on its own draws."),
     "kl_to_base": Metric("KL to base", "nats", 0, "How far the model has moved from `base`, per response, on its own draws."),
-    "length": Metric("length", "tokens", 0, "Tokens of a draw. Growing with the reward, it tells of length hacking."),
+    "length": Metric("length", "tokens", 0, "Tokens of a draw. Growing with the reward, it tells of length hacking.", 1),
     "eos_rate": Metric("EOS rate", "%", 1, "Share of draws that end by themselves and not at `evaluate.max_new_tokens`."),
     "distinct_2": Metric(
         "distinct-2",
@@ -48,7 +49,7 @@ METRICS = {
         "Different pairs of neighbouring tokens among all pairs of a prompt's draws; low: repetitive.",
     ),
     "held_out_loss": Metric(
-        "held-out loss", "nats", -1, "Mean loss per response token of held-out demonstrations; needs no verifier."
+        "held-out loss", "nats", -1, "Mean loss per response token of held-out demonstrations; needs no verifier.", 3
     ),
 }
 
@@ -139,12 +140,10 @@ def label(key: str) -> str:
 
 
 def number(key: str, value: float, sign: str = "") -> str:
-    """A value as readers see it: shares in per cent, others with three figures; `sign` "+" writes plus as well."""
-    if metric_of(key).unit == "%":
-        text = f"{100 * value:{sign}.0f}"
-    else:
-        text = f"{value:{sign}.{1 if abs(value) >= 10 else 2}f}"
-    return text.lstrip("+-") if float(text) == 0 else text
+    """A value as readers see it: shares in per cent; `sign` "+" writes plus as well."""
+    metric = metric_of(key)
+    text = f"{100 * value:{sign}.0f}" if metric.unit == "%" else f"{value:{sign}.{metric.places}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def cell(key: str, interval: dict[str, Any], sign: str = "") -> str:

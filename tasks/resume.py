@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from apprentice.recorder import Recorder, Row, State
+from apprentice.recorder import Recorder, State
 from tasks.stage import Stage, stores_root
 
 
@@ -37,7 +37,7 @@ class StageRecorder(Recorder):
         self.stage.start_clock()
         return saved
 
-    def step(self, done: int, total: int, row: Row, state: Callable[[], State]) -> None:
+    def step(self, done: int, total: int, row: Mapping[str, float | None], state: Callable[[], State]) -> None:
         """Append to the history, show progress, snapshot when `runtime.checkpoint_seconds` have passed."""
         super().step(done, total, row, state)
         self.stage.history.append(self.rows[-1])

@@ -29,7 +29,7 @@ class Shape(NamedTuple):
 
 
 def read_source(source: SourceConfig, root: Path) -> Iterator[Raw]:
-    """The rows of a source (its path under `root`) in their order; an unreadable one comes with its error and stops nothing.
+    """The rows of a source, its path under `root`, in their order; an unreadable one comes with its error.
 
     Raises StageError where the source as a whole cannot be read.
     """

@@ -1,96 +1,25 @@
-"""MLflow's side: the store, curves of history.csv as step metrics, and the run that follows a stage while it trains.
+"""The run in MLflow that follows a stage while it trains: rows of history.csv become step metrics.
 
 Stages write files and know no server; what is here reads those files. Trouble with tracking never ends a training.
 """
 
 import csv
-import fcntl
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tasks.stage import ROOT, read_params, stores_root
+from tasks.stage import ROOT, read_params
+from tasks.store import BATCH, find_run, log_params, open_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 RUNNING_LINE = "Running stage '"  # DVC prints it once the old outputs are gone and the command starts
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's UI shows its pages for agents
 POLL = 2.0  # seconds between two looks at a growing file
-BATCH = 1000  # metrics MLflow takes at once
-_opening = threading.Lock()
-
-
-def store_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the database at the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{stores_root() / 'mlflow.db'}"
-
-
-@contextmanager
-def alone(name: str) -> Iterator[None]:
-    """Hold a lock file of the project, so that one process at a time does this."""
-    path = stores_root() / ".telemetry" / f"{name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def open_store(experiment: str) -> tuple["MlflowClient", str]:
-    """A client and the experiment's id; makes both database and experiment when they are not there yet.
-
-    Two processes that first open a database together would race in its migration, hence the lock.
-    """
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import mlflow
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    uri = store_uri()
-    with _opening, alone("mlflow"):
-        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return client, client.create_experiment(experiment, artifact_location=_artifacts(uri, experiment), tags=KIND)
-        if found.lifecycle_stage != "active":
-            client.restore_experiment(found.experiment_id)
-    return client, str(found.experiment_id)
-
-
-def _artifacts(uri: str, experiment: str) -> str | None:
-    """Beside a database that is a file; a server decides for itself."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlruns" / experiment).as_uri()
-
-
-def find_run(client: "MlflowClient", experiment_id: str, tags: dict[str, str]) -> "list[Run]":
-    """Runs that carry these tags, the newest first."""
-    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    return list(client.search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"]))
-
-
-def flat(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one; {"mean", "low", "high"} becomes `name`, `name_low`, `name_high`."""
-    if "mean" in values and set(values) >= {"low", "high"} and prefix:
-        return {prefix: values["mean"], f"{prefix}_low": values["low"], f"{prefix}_high": values["high"]}
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{separator}{key}" if prefix else str(key)
-        found |= flat(value, separator, name) if isinstance(value, dict) else {name: value}
-    return found
-
-
-def numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The figures among nested values, as MLflow takes them: flat, finite."""
-    found = {key: value for key, value in flat(values, "/").items() if isinstance(value, int | float)}
-    return {key: float(value) for key, value in found.items() if abs(value) < float("inf")}
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -192,15 +121,6 @@ def steps_of(client: "MlflowClient", run: "Run") -> set[float]:
     """Steps of the training curve that a run has."""
     name = next((name for name in sorted(run.data.metrics) if name.startswith("training/")), None)
     return {metric.step for metric in client.get_metric_history(run.info.run_id, name)} if name else set()
-
-
-def log_params(client: "MlflowClient", run_id: str, params: dict[str, Any]) -> None:
-    """Log nested params under dotted names."""
-    from mlflow.entities import Param
-
-    found = [Param(key, str(value)[:6000]) for key, value in flat(params, ".").items()]
-    for start in range(0, len(found), 100):
-        client.log_batch(run_id, params=found[start : start + 100])
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+"""The contract of the clean tables, as Great Expectations suites, and how it is run.
+
+Imported by `validate` alone, inside its `main`: loading Great Expectations takes seconds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import great_expectations as gx
+import great_expectations.expectations as gxe
+import pandas
+from great_expectations.core.expectation_validation_result import ExpectationValidationResult
+from great_expectations.expectations.expectation import Expectation
+from great_expectations.expectations.row_conditions import Column
+
+from apprentice.config import ValidateConfig
+from apprentice.demonstrations import QUALITIES
+from apprentice.verifiers import VERIFIERS
+
+TYPES = {
+    "answer": ["str", "NoneType"],
+    "id": ["str"],
+    "meta": ["dict"],
+    "prompt": ["str", "list"],
+    "quality": ["str", "NoneType"],
+    "response": ["str"],
+    "source": ["str"],
+}
+DOMAINS = ["in_domain", "long", "out_of_domain_pool", "out_of_domain_unseen"]
+UNPRINTABLE = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]"
+FIRST_ROWS = 3
+Frames = dict[str, list[dict[str, Any]]]
+
+
+def suite_of(table: str, config: ValidateConfig, max_characters: int) -> list[Expectation]:
+    """What holds for each row of a table (the columns are made in `validate`), or for the table of tables."""
+    if table == "tables":
+        return [
+            gxe.ExpectColumnValuesToBeBetween(column="rows", min_value=1),
+            gxe.ExpectColumnValuesToBeBetween(column="unknown_share", max_value=config.max_unknown_share),
+            gxe.ExpectColumnValuesToBeBetween(column="largest_class_share", max_value=config.max_class_share),
+        ]
+    types = {**TYPES, "response": ["NoneType"] if table == "prompts" else ["str"]}
+    texts = ["prompt"] if table == "prompts" else ["prompt", "response"]
+    suite = [
+        gxe.ExpectColumnValuesToBeInSet(column="fields", value_set=[" ".join(TYPES)]),
+        *(gxe.ExpectColumnValuesToBeInSet(column=f"{name}_type", value_set=types[name]) for name in TYPES),
+        gxe.ExpectColumnValuesToBeUnique(column="id"),
+        gxe.ExpectColumnValuesToBeInSet(column="id_is_hash", value_set=[True]),
+        gxe.ExpectColumnValuesToBeInSet(column="splits_of_prompt", value_set=[1]),
+        gxe.ExpectColumnValuesToBeInSet(column="quality", value_set=list(QUALITIES)),
+        gxe.ExpectColumnValuesToBeBetween(column="tokens", min_value=1, max_value=config.max_tokens),
+    ]
+    for text in texts:
+        suite += [
+            gxe.ExpectColumnValueLengthsToBeBetween(column=text, min_value=1, max_value=max_characters),
+            gxe.ExpectColumnValuesToNotMatchRegex(column=text, regex=UNPRINTABLE),
+            gxe.ExpectColumnValuesToMatchRegex(column=text, regex=r"\w"),
+        ]
+    return suite + (_evaluation_suite() if table == "evaluation" else [])
+
+
+def _evaluation_suite() -> list[Expectation]:
+    return [
+        gxe.ExpectColumnValuesToBeInSet(column="domain", value_set=DOMAINS),
+        gxe.ExpectColumnValuesToNotBeNull(column="domain"),
+        gxe.ExpectColumnValuesToBeInSet(column="verifier", value_set=list(VERIFIERS)),
+        gxe.ExpectColumnValuesToNotBeNull(column="answer", row_condition=Column("verifier").is_not_null()),
+    ]
+
+
+def run_suites(frames: Frames, suites: dict[str, list[Expectation]], docs: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Check every table; return one outcome per expectation and, if the Data Docs could not be built, why.
+
+    An outcome is {table, expectation, column, success, checked, unexpected, first_rows}: no times and no ids of the tool.
+    Raises RuntimeError when an expectation could not be computed, which is not the same as not holding.
+    """
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False}
+    outcomes = []
+    for table, rows in frames.items():
+        results = _run_suite(context, table, pandas.DataFrame(rows, columns=columns[table], dtype=object), suites[table])
+        outcomes += [_outcome(table, result, len(rows)) for result in results]
+    return outcomes, _build_docs(context, docs)
+
+
+def _run_suite(
+    context: Any, table: str, frame: pandas.DataFrame, expectations: list[Expectation]
+) -> list[ExpectationValidationResult]:
+    asset = context.data_sources.add_pandas(table).add_dataframe_asset("table")
+    suite = context.suites.add(gx.ExpectationSuite(name=table, expectations=expectations))
+    definition = gx.ValidationDefinition(name=table, data=asset.add_batch_definition_whole_dataframe("all"), suite=suite)
+    checkpoint = gx.Checkpoint(
+        name=table,
+        validation_definitions=[context.validation_definitions.add(definition)],
+        result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["id"]},
+    )
+    run = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
+    (result,) = run.run_results.values()
+    return list(result.results)
+
+
+def _outcome(table: str, result: ExpectationValidationResult, rows: int) -> dict[str, Any]:
+    kind, column = result.expectation_config.type, result.expectation_config.kwargs.get("column")
+    error = _raised(result.exception_info or {})
+    if error:
+        raise RuntimeError(f"{kind}({column}) on {table} could not be computed: {error}")
+    detail = result.to_json_dict()["result"]
+    found = detail.get("unexpected_index_list") or []
+    return {
+        "table": table,
+        "expectation": kind,
+        "column": column,
+        "success": bool(result.success),
+        "checked": detail.get("element_count", rows),
+        "unexpected": detail.get("unexpected_count", 0),
+        "first_rows": [{"id": row["id"], "value": row.get(column)} for row in found[:FIRST_ROWS]],
+    }
+
+
+def _raised(info: dict[str, Any]) -> str | None:
+    """The exception's message; the tool nests it one level deeper for an error in a metric."""
+    for part in [info, *(value for value in info.values() if isinstance(value, dict))]:
+        if part.get("raised_exception"):
+            return str(part.get("exception_message"))
+    return None
+
+
+def _build_docs(context: Any, folder: Path) -> str | None:
+    store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder)}
+    try:
+        context.add_data_docs_site("apprentice", {"class_name": "SiteBuilder", "store_backend": store})
+        context.build_data_docs(site_names=["apprentice"])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,111 @@
+"""Registered model versions in MLflow: one per checkpoint content, its tags, metrics and aliases.
+
+A version is found again by its stage and the hash of its output, so registering twice changes nothing and a deleted store
+comes back in full. It is made last: an attempt that is killed leaves a model without a version, and the next clears it away.
+"""
+
+from typing import TYPE_CHECKING
+
+from tasks.flavor import write_model
+from tasks.locked import LockedOut, LockedStage
+from tasks.runs import Runs, digest
+from tasks.store import BATCH, flat
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+ABOUT = "Checkpoints of the pipeline in dvc.yaml. Aliases name the method that made them; `champion` is the best of them."
+
+
+class Registry:
+    """One registered model of one MLflow store."""
+
+    def __init__(self, model: str, runs: Runs) -> None:
+        from mlflow.exceptions import MlflowException
+
+        self.model, self.runs, self.client = model, runs, runs.client
+        try:
+            self.client.create_registered_model(model, description=ABOUT)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def find(self, stage: LockedStage, out: LockedOut) -> "ModelVersion | None":
+        """The version with this checkpoint's content."""
+        wanted = f"name = '{self.model}' and tags.`dvc.md5` = '{out.md5}' and tags.`dvc.stage` = '{stage.name}'"
+        return next(iter(self.client.search_model_versions(wanted)), None)
+
+    def restore_files(self, version: "ModelVersion", out: LockedOut) -> None:
+        """Link a known version's files again when they were lost."""
+        write_model(self.client, self.client.get_logged_model(version.model_id), out, version.run_id)
+
+    def make(self, stage: LockedStage, out: LockedOut, run: "Run") -> "ModelVersion":
+        """A new version of this checkpoint."""
+        from mlflow.entities import LoggedModelStatus
+
+        method, run_id = stage.meta["register"], run.info.run_id
+        tags = {"method": method, "dvc.stage": stage.name, "dvc.md5": out.md5, "params_md5": digest(stage.params)}
+        tags |= self.runs.origin
+        name = f"{self.model}-{method}"
+        for left in self.client.search_logged_models([self.runs.group], f"name = '{name}'"):
+            if (left.tags or {}).get("dvc.md5") == out.md5:
+                self.client.delete_logged_model(left.model_id)
+        params = {key: str(value)[:250] for key, value in flat(stage.params, ".").items()}
+        model = self.client.create_logged_model(self.runs.group, name, run_id, tags, params)
+        write_model(self.client, model, out, run_id)
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        return self.client.create_model_version(
+            self.model,
+            source=f"models:/{model.model_id}",
+            run_id=run_id,
+            model_id=model.model_id,
+            tags=tags,
+            description=stage.description or None,
+        )
+
+    def describe(self, version: "ModelVersion", stage: LockedStage, metrics: dict[str, float], run: "Run") -> None:
+        """Give a version these metrics (its run and its model too) and the tags of its present params, for those it had."""
+        self.runs.set_metrics(run.info.run_id, metrics)
+        model = self.client.get_logged_model(version.model_id)
+        if {metric.key: metric.value for metric in model.metrics or []} != metrics:
+            self._replace_metrics(version.model_id, run.info.run_id, metrics)
+        for key, value in {"params_md5": digest(stage.params), "metrics_md5": digest(metrics)}.items():
+            if version.tags.get(key) != value:
+                self.client.set_model_version_tag(self.model, version.version, key, value)
+
+    def _replace_metrics(self, model_id: str, run_id: str, metrics: dict[str, float]) -> None:
+        """Log a model's metrics anew.
+
+        MLflow can only add. Where the store is a database the old ones go by SQL; on a server they stay, older than the new.
+        """
+        from mlflow.entities import Metric
+        from mlflow.store.tracking.dbmodels.models import SqlLoggedModelMetric
+        from mlflow.utils.time import get_current_time_millis
+
+        store = self.client._tracking_client.store
+        if hasattr(store, "ManagedSessionMaker"):
+            with store.ManagedSessionMaker() as session:
+                session.query(SqlLoggedModelMetric).filter(SqlLoggedModelMetric.model_id == model_id).delete()
+        now = get_current_time_millis()
+        logged = [Metric(key, value, now, 0, model_id=model_id, run_id=run_id) for key, value in metrics.items()]
+        for start in range(0, len(logged), BATCH):
+            self.client.log_batch(run_id, logged[start : start + BATCH])
+
+    def aliases(self) -> dict[str, str]:
+        """Alias to version."""
+        return {key: str(value) for key, value in self.client.get_registered_model(self.model).aliases.items()}
+
+    def point(self, alias: str, version: "ModelVersion") -> None:
+        """Set an alias, unless it is there already."""
+        if self.aliases().get(alias) != str(version.version):
+            self.client.set_registered_model_alias(self.model, alias, version.version)
+
+    def crown(self, version: "ModelVersion", rule: str) -> None:
+        """Make a version the champion, tagged with the rule that chose it; the one before loses the tag."""
+        before = self.aliases().get("champion")
+        if before not in (None, str(version.version)):
+            self.client.delete_model_version_tag(self.model, before, "selected_by")
+        self.point("champion", version)
+        if version.tags.get("selected_by") != rule:
+            self.client.set_model_version_tag(self.model, version.version, "selected_by", rule)

@@ -1,0 +1,94 @@
+"""The MLflow store: where it is, how it is opened, and the shapes in which it takes params and metrics."""
+
+import fcntl
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.stage import stores_root
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's UI shows its pages for agents
+BATCH = 1000  # metrics MLflow takes at once
+_opening = threading.Lock()
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the database at the project's root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{stores_root() / 'mlflow.db'}"
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Hold a lock file of the project, so that one process at a time does this."""
+    path = stores_root() / ".telemetry" / f"{name}.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def open_store(experiment: str) -> tuple["MlflowClient", str]:
+    """A client and the experiment's id; makes both database and experiment when they are not there yet.
+
+    Two processes that first open a database together would race in its migration, hence the lock.
+    """
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    uri = store_uri()
+    with _opening, alone("mlflow"):
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return client, client.create_experiment(experiment, artifact_location=_artifacts(uri, experiment), tags=KIND)
+        if found.lifecycle_stage != "active":
+            client.restore_experiment(found.experiment_id)
+    return client, str(found.experiment_id)
+
+
+def _artifacts(uri: str, experiment: str) -> str | None:
+    """Beside a database that is a file; a server decides for itself."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlruns" / experiment).as_uri()
+
+
+def find_run(client: "MlflowClient", experiment_id: str, tags: dict[str, str]) -> "list[Run]":
+    """Runs that carry these tags, the newest first."""
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return list(client.search_runs([experiment_id], wanted, order_by=["attributes.start_time DESC"]))
+
+
+def flat(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one; {"mean", "low", "high"} becomes `name`, `name_low`, `name_high`."""
+    if "mean" in values and set(values) >= {"low", "high"} and prefix:
+        return {prefix: values["mean"], f"{prefix}_low": values["low"], f"{prefix}_high": values["high"]}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{separator}{key}" if prefix else str(key)
+        found |= flat(value, separator, name) if isinstance(value, dict) else {name: value}
+    return found
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    """The figures among nested values, as MLflow takes them: flat, finite."""
+    found = {key: value for key, value in flat(values, "/").items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in found.items() if abs(value) < float("inf")}
+
+
+def log_params(client: "MlflowClient", run_id: str, params: dict[str, Any]) -> None:
+    """Log nested params under dotted names."""
+    from mlflow.entities import Param
+
+    found = [Param(key, str(value)[:6000]) for key, value in flat(params, ".").items()]
+    for start in range(0, len(found), 100):
+        client.log_batch(run_id, params=found[start : start + 100])

@@ -11,11 +11,11 @@ export GX_ANALYTICS_ENABLED = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast check format ui
+.PHONY: help setup run test test-fast check format preset ui
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready  ## create .venv and install everything under the pins of constraints.txt
 
@@ -45,6 +45,9 @@ check: setup  ## ruff and mypy; edits nothing
 format: setup ## let ruff rewrite the files
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+preset: setup ## merge presets/NAME.yaml into params.yaml: make preset NAME=smoke
+	@$(BIN)/python -m tasks.preset $(NAME)
 
 ui: setup     ## start the Prefect and MLflow servers on loopback and print their addresses
 	@$(BIN)/python -m flows.ui

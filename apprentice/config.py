@@ -284,6 +284,8 @@ def _check_together(params: Params) -> None:
         raise ParamsError(
             "ingest.source: kind 'hub' needs `name` (the data set) and `revision` (a commit, so that the data cannot change)"
         )
+    for name in params.ingest.fields:
+        _read(Literal["prompt", "response", "answer", "quality", "source"], name, "ingest.fields")
     held_out = params.ingest.validation_share + params.ingest.evaluation_share
     if held_out >= 1:
         raise ParamsError(

@@ -179,7 +179,8 @@ def _new_problem(rng: random.Random, kind: str, steps: tuple[int, int], accepts:
         if accepts(problem.prompt):
             return problem
     raise WorldError(
-        f"the world ran out of new {kind!r} problems of {steps[0]} to {steps[1]} steps: lower the sizes under ingest.world"
+        f"the world ran out of new {kind!r} problems of {steps[0]} to {steps[1]} steps: lower the sizes under "
+        "ingest.world, or give their split a larger share of the prompts"
     )
 
 

@@ -134,6 +134,8 @@ def _text(name: str, value: Any) -> str:
     for position, character in enumerate(text):
         if character == "\ufffd" or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"):
             raise Reject(f"control characters: U+{ord(character):04X} in {name} at {position}")
+    if not any(map(str.isalnum, text)):
+        raise Reject(f"no words: {name} has neither letter nor digit")
     return text
 
 

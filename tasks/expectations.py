@@ -79,7 +79,9 @@ def run_suites(frames: Frames, suites: dict[str, list[Expectation]], docs: Path)
     context.variables.progress_bars = {"globally": False}
     outcomes = []
     for table, rows in frames.items():
-        results = _run_suite(context, table, pandas.DataFrame(rows, columns=columns[table], dtype=object), suites[table])
+        columns = dict.fromkeys(["id", *(expectation.column for expectation in suites[table])])
+        frame = pandas.DataFrame(rows, columns=list(columns), dtype=object)
+        results = _run_suite(context, table, frame, suites[table])
         outcomes += [_outcome(table, result, len(rows)) for result in results]
     return outcomes, _build_docs(context, docs)
 

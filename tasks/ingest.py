@@ -27,7 +27,7 @@ def main(stage: Stage) -> None:
     sizes = {name: len(tables[name]) for name in TABLES}
     stage.metrics({**figures, **sizes})
     stage.say(", ".join(f"{size} {name}" for name, size in sizes.items()) + f"; verifier: {figures['verifier']}")
-    _check_sizes(stage, sizes)
+    _check_sizes(sizes)
     stage.say("next: `dvc repro validate` checks the tables")
 
 
@@ -93,16 +93,14 @@ def _check_rejected(stage: Stage, figures: dict[str, Any]) -> None:
         )
 
 
-def _check_sizes(stage: Stage, sizes: dict[str, int]) -> None:
-    """A table that later stages need must not be empty by accident."""
-    shares = {"demonstrations": 1.0, "validation": stage.config.validation_share}
-    shares["evaluation"] = stage.config.evaluation_share
-    for table, share in shares.items():
-        if share and not sizes[table]:
-            raise StageError(
-                f"no row with a response fell into {table} ({sizes}): give more rows, map the response column in "
-                "ingest.fields, or change ingest.validation_share and ingest.evaluation_share"
-            )
+def _check_sizes(sizes: dict[str, int]) -> None:
+    """Later stages need every table."""
+    empty = [table for table, size in sizes.items() if not size]
+    if empty:
+        raise StageError(
+            f"no row with a response fell into {', '.join(empty)}: give more rows, map the response column in "
+            "ingest.fields, or change ingest.validation_share and ingest.evaluation_share"
+        )
 
 
 run(__name__, main, __doc__)

@@ -49,10 +49,7 @@ def documents(stage: Stage):  # type: ignore[no-untyped-def]
     held_out = {row.prompt for name in ("validation", "evaluation") for row in table(stage, name)}
 
     def document(rng):  # type: ignore[no-untyped-def]
-        while True:
-            prompt, response = corpus_document(rng)
-            if prompt not in held_out:
-                return prompt, response
+        return corpus_document(rng, held_out)
 
     return document
 

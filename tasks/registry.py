@@ -22,8 +22,10 @@ class Registry:
     """One registered model of one MLflow store."""
 
     def __init__(self, model: str, runs: Runs) -> None:
+        import mlflow
         from mlflow.exceptions import MlflowException
 
+        mlflow.set_tracking_uri(runs.client.tracking_uri)  # where MLflow looks up the model of a new version
         self.model, self.runs, self.client = model, runs, runs.client
         try:
             self.client.create_registered_model(model, description=ABOUT)

@@ -27,15 +27,15 @@ def difference_figures(evidence: Evidence) -> list[Figure]:
     figures = []
     for key in keys:
         mine, share = [one for one in rows if one["metric"] == key], metric_of(key).unit == "%"
-        if mine:
-            groups = {
-                baseline: [_mean(evidence, one) for one in mine if one["baseline"] == baseline]
-                for baseline in dict.fromkeys(one["baseline"] for one in mine)
-            }
-            ends = _around_zero(shares if share else mine)
+        named = {
+            one: [_mean(evidence, row) for row in mine if row["baseline"] == one] for one in evidence.params.report.baselines
+        }
+        groups = {baseline: means for baseline, means in named.items() if means}
+        if groups:
             better = "to the right is better" if metric_of(key).better > 0 else "to the left is better"
             unit = "points" if share else metric_of(key).unit
-            figures.append((label(key), forest_chart(label(key), groups, ends, 100 if share else 1), f"{unit}; {better}"))
+            chart = forest_chart(label(key), groups, _around_zero(shares if share else mine), 100 if share else 1)
+            figures.append((label(key), chart, f"{unit}; {better}"))
     return figures
 
 
@@ -49,50 +49,55 @@ def _mean(evidence: Evidence, one: dict[str, Any]) -> Mean:
     return Mean(one["model"], shade, one["difference"], one["low"], one["high"], text, clear_of_zero(one))
 
 
+CURVES = (  # stage, title, columns of its history
+    ("pretrain", "Pretraining: loss", ("loss",)),
+    ("sft", "SFT: loss, nats per token", ("loss", "held_out_loss")),
+    ("sft_tuned", "Tuned SFT: loss, nats per token", ("loss", "held_out_loss")),
+    ("srppo", "SRPPO: self-reward, nats", ("reward",)),
+    ("srppo", "SRPPO: KL, nats per response", ("kl_to_sft", "kl_to_base")),
+    ("srppo", "SRPPO: response length, tokens", ("length",)),
+    ("srppo", "SRPPO: reward by kind of token", ("reward_number", "reward_word", "reward_symbol", "reward_eos")),
+    ("srppo", "SRPPO: slope of reward against length", ("reward_length_slope",)),
+    ("srppo", "SRPPO: entropy, nats per token", ("entropy",)),
+    ("rso", "RSO: loss", ("loss",)),
+    ("rso", "RSO: margin", ("margin",)),
+    ("rso", "RSO: accuracy on its pairs", ("accuracy",)),
+)
+
+
 def training_figures(evidence: Evidence) -> list[Figure]:
     """Curves of every training stage that left a history."""
-    wanted = [
-        ("pretrain", "Pretraining loss", ["loss"], "pretrain"),
-        ("sft", "Fine-tuning loss", ["loss", "held_out_loss"], "sft"),
-        ("sft_tuned", "Fine-tuning loss, tuned", ["loss", "held_out_loss"], "sft_tuned"),
-        ("srppo", "SRPPO: self-reward", ["reward"], "srppo"),
-        ("srppo", "SRPPO: KL", ["kl_to_sft", "kl_to_base"], "srppo"),
-        ("srppo", "SRPPO: response length", ["length"], "srppo"),
-        (
-            "srppo",
-            "SRPPO: reward by kind of token",
-            ["reward_number", "reward_word", "reward_symbol", "reward_eos"],
-            "",
-        ),
-        ("srppo", "SRPPO: slope of reward against length", ["reward_length_slope"], "srppo"),
-        ("srppo", "SRPPO: entropy", ["entropy"], "srppo"),
-        ("rso", "RSO: loss", ["loss"], "rso"),
-        ("rso", "RSO: margin", ["margin"], "rso"),
-        ("rso", "RSO: accuracy on pairs", ["accuracy"], "rso"),
-    ]
-    figures = [_training(evidence, *one) for one in wanted]
+    figures = [_training(evidence, *one) for one in CURVES]
     return [figure for figure in figures if figure]
 
 
-def _training(evidence: Evidence, stage: str, title: str, columns: list[str], model: str) -> Figure | None:
+def _training(evidence: Evidence, stage: str, title: str, columns: tuple[str, ...]) -> Figure | None:
     rows = evidence.histories[stage]
-    series = []
-    for place, name in enumerate(columns):
-        points = [(row.get("step", i), row[name]) for i, row in enumerate(rows) if name in row]
-        band = [row["reward_std"] for row in rows if "reward_std" in row] if name == "reward" else []
-        shade = color(evidence, "base" if model == "pretrain" else model) if model else f"var(--m{place + 1})"
-        if points:
-            series.append(Series(name, shade, points, bool(model) and place > 0, band))
-    if not series:
+    shade = color(evidence, "base" if stage == "pretrain" else stage)
+    few = len(columns) <= 2  # two columns share the model's colour, the second dashed; more have colours of their own
+    series = [
+        Series(
+            name=name.replace("_", " "),
+            color=shade if few else f"var(--m{place + 1})",
+            points=[(row.get("step", i), row[name]) for i, row in enumerate(rows) if name in row],
+            dashed=few and place > 0,
+            band=[row["reward_std"] for row in rows if "reward_std" in row] if name == "reward" else [],
+        )
+        for place, name in enumerate(columns)
+    ]
+    if not any(one.points for one in series):
         return None
-    about = "" if len(series) == 1 else " · ".join(f"{_key(one)} {one.name.replace('_', ' ')}" for one in series)
-    band = "band: one standard deviation over rollouts" if any(one.band for one in series) else ""
-    meaning = TRAINING.get(series[0].name, "") if len(series) == 1 else ""
-    return title, line_chart(title, series), " · ".join(part for part in (about, band) if part) or meaning
+    unit = "iteration" if stage == "srppo" else "step"
+    return title, line_chart(title, series, unit), _caption([one for one in series if one.points], columns[0])
 
 
-def _key(one: Series) -> str:
-    return f'<i class="{"dash" if one.dashed else "bar"}" style="--c:{one.color}"></i>'
+def _caption(series: list[Series], column: str) -> str:
+    """A legend for several lines; what it means for one line that is not plain."""
+    if len(series) > 1:
+        return " · ".join(f'<i class="{"dash" if one.dashed else ""}" style="--c:{one.color}"></i>{one.name}' for one in series)
+    if series[0].band:
+        return "band: one standard deviation over rollouts"
+    return TRAINING.get(column, "") if column not in ("loss", "length") else ""
 
 
 def length_figures(evidence: Evidence) -> list[Figure]:

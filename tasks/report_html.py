@@ -49,9 +49,9 @@ def page(evidence: Evidence) -> str:
         ),
         (
             "kl",
-            "Gain for distance",
+            "Accuracy against KL",
             "What each model gained for how far it moved from the SFT model.",
-            _figures(kl_figures(evidence)),
+            _figures(kl_figures(evidence), "wide"),
         ),
         ("samples", "Samples side by side", "The first prompts of each domain, not picked.", _samples(evidence)),
         ("metrics", "Every metric", "", _every_metric(evidence.report) + _glossary(evidence.report)),
@@ -120,25 +120,25 @@ def _cell(key: str, values: dict[str, Any], top: float) -> str:
 def _findings(evidence: Evidence) -> str:
     cards = []
     for model, baseline, sides in comparisons(evidence):
-        lines = (
-            "".join(
-                f'<p class="{side}">{WORDS[side]} <b>{escape(", ".join(found))}</b></p>'
-                for side, found in sides.items()
-                if found
-            )
-            .replace("in−", "in-")
-            .replace("of−", "of-")
-            .replace("−domain", "-domain")
+        lines = "".join(
+            f'<p class="{side}">{WORDS[side]}</p>{"".join(_figure_line(*one) for one in found)}'
+            for side, found in sides.items()
+            if found
         )
         title = f"<b>{escape(model)}</b> against <b>{escape(baseline)}</b>"
         cards.append(f'<li style="--c:{color(evidence, model)}">{title}{lines}</li>')
     return f'<ul class="findings">{"".join(cards)}</ul>' if cards else ""
 
 
+def _figure_line(metric: str, figures: str) -> str:
+    middle, ends = figures.split(" ", 1)
+    return f"<div><span>{escape(metric)}</span><b>{escape(middle)}</b><small>{escape(ends)}</small></div>"
+
+
 def _notes(evidence: Evidence) -> str:
-    return "".join(
-        f'<p class="note{" warning" if "**" in note else ""}">{_plain(note)}</p>' for note in training_notes(evidence)
-    )
+    notes = training_notes(evidence)
+    lines = "".join(f'<li class="{"warning" if "**" in note else ""}">{_plain(note)}</li>' for note in notes)
+    return f'<ul class="notes">{lines}</ul>' if notes else ""
 
 
 def _plain(markdown: str) -> str:
@@ -147,7 +147,7 @@ def _plain(markdown: str) -> str:
 
 def _figures(figures: Iterable[Figure], kind: str = "") -> str:
     drawn = "".join(
-        f"<figure><h3>{escape(title)}</h3><figcaption>{caption}</figcaption>{chart}</figure>"
+        f"<figure><h3>{escape(title)}</h3>{caption and f"<figcaption>{caption}</figcaption>"}{chart}</figure>"
         for title, chart, caption in figures
     )
     return f'<div class="grid {kind}">{drawn}</div>' if drawn else ""

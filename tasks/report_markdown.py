@@ -22,6 +22,10 @@ READING = (
     "Each cell is a mean with its 95% interval; accuracies are in per cent, losses, rewards and KL in nats. "
     "Prompts are held out. Differences are paired over the same prompts."
 )
+WARNING = (
+    " **Warning, below one half: its self-reward prefers its own text to the demonstrations, so raising it cannot help.** "
+    "To serve as reward target it needs gentler training (fewer epochs, a lower rate)."
+)
 LONGEST_SAMPLE = 600  # characters of a response shown
 
 
@@ -85,20 +89,20 @@ def findings(evidence: Evidence) -> list[str]:
     words = {"better": "better in", "worse": "**worse** in", "open": "not told apart in"}
     lines = []
     for model, baseline, sides in comparisons(evidence):
-        said = "; ".join(f"{words[side]} {', '.join(found)}" for side, found in sides.items() if found)
+        said = "; ".join(f"{words[side]} {', '.join(map(' '.join, found))}" for side, found in sides.items() if found)
         lines.append(f"`{model}` against `{baseline}`: {said}.")
     return lines or ["Only base and baselines were evaluated: there is no method to judge."]
 
 
-def comparisons(evidence: Evidence) -> list[tuple[str, str, dict[str, list[str]]]]:
-    """What each trained method adds to or takes from each baseline: (model, baseline, verdict -> headline metrics)."""
+def comparisons(evidence: Evidence) -> list[tuple[str, str, dict[str, list[tuple[str, str]]]]]:
+    """What each trained method adds to or takes from each baseline: model, baseline, verdict -> (metric, figures)."""
     baselines, report = evidence.params.report.baselines, evidence.report
-    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    found: dict[tuple[str, str], dict[str, list[tuple[str, str]]]] = {}
     for one in report["differences"]:
         model, baseline, key = one["model"], one["baseline"], one["metric"]
         if model != "base" and model not in baselines and key in headline(report) and metric_of(key).better:
             sides = found.setdefault((model, baseline), {"better": [], "worse": [], "open": []})
-            sides[verdict(one)].append(f"{label(key)} {cell(key, one, '+')}")
+            sides[verdict(one)].append((label(key), cell(key, one, "+")))
     return [(*pair, sides) for pair, sides in found.items()]
 
 
@@ -108,30 +112,25 @@ def training_notes(evidence: Evidence) -> list[str]:
 
 
 def _gates(evidence: Evidence) -> list[str]:
+    targets = {evidence.params.srppo.reward_target, evidence.params.pairs.reward_target}
     lines = []
     for stage, metrics in evidence.metrics.items():
         if gate := metrics.get("gate"):
-            lines.append(
-                f"Gate of `{stage}`: held-out demonstrations beat its own samples in self-reward in "
-                f"{cell('/self_reward_auc', gate)} % of pairs."
-            )
+            line = f"Gate of `{stage}`: held-out demonstrations beat its own samples in self-reward in "
+            lines.append(f"{line}{cell('/self_reward_auc', gate)} % of pairs.")
             if gate["mean"] < 0.5:
-                lines[-1] += (
-                    " **Warning, below one half: its self-reward prefers its own text to the demonstrations, so "
-                    "raising it cannot help.** To serve as reward target it needs gentler training (fewer epochs, lower rate)."
-                )
+                lines[-1] += WARNING if stage in targets else " Below one half it would be no good reward target."
     return lines
 
 
 def _kl_stop(evidence: Evidence) -> list[str]:
-    history, config = evidence.histories["srppo"], evidence.params.srppo
-    if not history:
+    metrics, config = evidence.metrics["srppo"], evidence.params.srppo
+    if not metrics:
         return []
-    moved = f"KL to SFT {history[-1]['kl_to_sft']:.2f} nats per response" if "kl_to_sft" in history[-1] else "no KL known"
     limit = "no KL stop" if config.kl_stop is None else f"KL stop at {config.kl_stop:g}"
-    if len(history) < config.iterations:
-        return [f"SRPPO stopped after {len(history)} of {config.iterations} iterations: {moved} ({limit})."]
-    return [f"SRPPO ran all {config.iterations} iterations: {moved} at the end ({limit})."]
+    how = "stopped by its KL" if metrics.get("stopped_by") == "kl_stop" else "ended"
+    moved = f", {metrics['kl_to_anchor']:.2f} nats per response from its anchor" if "kl_to_anchor" in metrics else ""
+    return [f"SRPPO {how} after {metrics.get('iterations')} of {config.iterations} iterations{moved} ({limit})."]
 
 
 def _rejection(evidence: Evidence) -> list[str]:

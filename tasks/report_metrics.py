@@ -55,6 +55,8 @@ METRICS = {
 
 TRAINING = {
     "loss": "What the optimiser minimises: per response token in fine-tuning, per pair in preference optimisation.",
+    "tokens": "Response tokens of this step's batch.",
+    "epoch": "Passes over the data so far.",
     "learning_rate": "Of this step, after warm-up and decay.",
     "grad_norm": "Length of the gradient before clipping.",
     "reward": "Mean self-reward of an iteration's rollouts, before whitening and KL penalty, in nats.",
@@ -64,6 +66,7 @@ TRAINING = {
     "reward_word": "Part of the reward that falls on word tokens.",
     "reward_symbol": "Part of the reward that falls on symbols.",
     "reward_eos": "Part of the reward that falls on the end-of-sequence token.",
+    "kl_to_anchor": "KL to the model the penalty holds the policy to, per response; above `srppo.kl_stop` training ends.",
     "entropy": "Mean entropy of the policy per token, in nats; near zero it repeats one response.",
     "clip_fraction": "Share of tokens whose probability ratio left the clip range.",
     "approx_kl": "KL of one update, in nats per token: how far it went from the policy that drew the rollouts.",
@@ -136,7 +139,7 @@ def label(key: str) -> str:
     domain, name = key.split("/")[0], metric_of(key).label
     if entry(key) == "pass_at_k":
         name = f"pass@{key.rsplit('_', 1)[-1]}"
-    return name if entry(key) == "held_out_loss" or "/" not in key else f"{DOMAINS.get(domain, domain)} {name}"
+    return name if domain == "validation" or "/" not in key else f"{DOMAINS.get(domain, domain)} {name}"
 
 
 def number(key: str, value: float, sign: str = "") -> str:

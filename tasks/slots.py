@@ -27,8 +27,11 @@ class Slots:
             self._free.put(place)
 
     @contextmanager
-    def take(self, say: Callable[[str], None]) -> Iterator[Place]:
-        """Wait for a free place and hold it."""
+    def take(self, torch: bool, say: Callable[[str], None]) -> Iterator[Place]:
+        """Wait for a free place and hold it; a stage without torch needs none."""
+        if not torch:
+            yield {}
+            return
         if self._free.empty():
             say(f"waiting for a place: {len(self.places)} torch stage(s) at a time (runtime.parallel_stages)")
         place = None

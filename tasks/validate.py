@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 TABLES = {"demonstrations": "train", "validation": "validation", "prompts": "train", "evaluation": "evaluation"}
 FIELDS = ("answer", "id", "meta", "prompt", "quality", "response", "source")
-COLUMNS = ("id", "fields", "id_is_hash", "splits_of_prompt", "tokens", "unknown", "prompt", "response", "quality")
-COLUMNS += ("answer", "domain", "verifier", *(f"{name}_type" for name in FIELDS))
 ADVICE = {
     "unknown_share": "the tokenizer does not know these words: name a real checkpoint in pretrain.checkpoint, "
     "or raise tokenizer.max_words",

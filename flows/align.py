@@ -1,0 +1,71 @@
+"""The main line as a Prefect flow: `python -m flows.align`.
+
+One task per DVC stage, under the stage's name. DVC's graph is the only source of the order; independent stages go side by
+side. What a stage does is in tasks/, with which settings in params.yaml, and whether it has to run only DVC knows.
+"""
+
+import sys
+
+from flows.command import align_options, use_running_server
+
+if __name__ == "__main__":
+    OPTIONS = align_options()  # before the slow imports: --help answers at once
+    use_running_server()  # before Prefect reads its settings
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from tasks.repro import PlanError, bring_up_to_date, comparison, first_table, plan, stop_all
+
+NEXT = """
+Look next at
+  data/reports/report.html          the whole report, opens offline
+  make ui                           runs and model versions in MLflow, the flow in Prefect
+  dvc metrics show, dvc plots show  the figures and curves as DVC has them
+  models:/apprentice@champion       the best model, for mlflow.transformers.load_model"""
+
+
+@flow(name="align", task_runner=ThreadPoolTaskRunner(max_workers=64))
+def align(only: list[str] | None = None, force: bool = False) -> list[State]:
+    """Bring every stage, or only those named, up to date."""
+    stages, slots, retries = plan(only or [])
+    futures: dict[str, PrefectFuture] = {}
+    try:
+        for stage in stages:
+            needs = [futures[name] for name in stage.upstream if name in futures]
+            one = bring_up_to_date.with_options(name=stage.name, retries=retries)
+            futures[stage.name] = one.submit(stage, slots, force, wait_for=needs)
+        wait(list(futures.values()))
+    except BaseException:  # Ctrl-C, a termination, a cancelled run
+        stop_all()
+        raise
+    states = [future.state for future in futures.values()]
+    if (text := comparison()) and all(state.is_completed() for state in states):
+        create_markdown_artifact(text, key="comparison", description="every model, with 95% intervals")
+    return states
+
+
+def main(only: list[str], force: bool) -> int:
+    """Run the flow, print the table and where to look next; 0 when all is well, 1 when not, 2 when it cannot begin."""
+    try:
+        plan(only)
+        state = align(only, force, return_state=True)
+    except (PlanError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped, training included. The same command goes on from here.", file=sys.stderr)
+        return 130
+    if not state.is_completed():
+        print(f"\n{state.message} What is done stays done: mend and run the same command again.", file=sys.stderr)
+        return 1
+    if text := comparison():
+        print(f"\n{first_table(text)}\n{NEXT}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(OPTIONS.only, OPTIONS.force))

@@ -1,0 +1,62 @@
+"""What comes before Prefect: command lines, and finding a Prefect server that runs already. Standard library only."""
+
+import argparse
+import os
+import urllib.error
+import urllib.request
+
+API = "http://127.0.0.1:4200/api"  # where `make ui` starts it
+
+
+def align_options() -> argparse.Namespace:
+    """Options of `python -m flows.align`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.align",
+        description="Bring every DVC stage up to date, as a Prefect flow: demonstrations in, aligned, evaluated and "
+        "registered models out. Stages whose inputs did not change are skipped.",
+        epilog="Settings: params.yaml. `make ui` in another terminal shows the flow live. Without Prefect: `dvc repro`.",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="STAGE", help="just these stages; what they need is taken as it is"
+    )
+    parser.add_argument("--force", action="store_true", help="run stages also when nothing changed")
+    return parser.parse_args()
+
+
+def serve_options() -> argparse.Namespace:
+    """Options of `python -m flows.serve`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.serve",
+        description="Make the flow startable and schedulable from Prefect's UI, for as long as this process runs. "
+        "Start `make ui` first.",
+        epilog="With a worker instead: `prefect deploy --all` reads prefect.yaml.",
+    )
+    parser.add_argument("--cron", metavar="EXPRESSION", help="also run by the clock, e.g. '0 3 * * *': at three each night")
+    return parser.parse_args()
+
+
+def ui_options() -> argparse.Namespace:
+    """Options of `python -m flows.ui`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.ui",
+        description="Start the Prefect and MLflow servers on this machine's loopback address. Ctrl-C stops both.",
+    )
+    parser.add_argument("--prefect-port", type=int, default=4200, metavar="PORT", help="default: 4200")
+    parser.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT", help="default: 5000")
+    return parser.parse_args()
+
+
+def answers(url: str, seconds: float = 1.0) -> bool:
+    """Whether an HTTP server says OK there."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=seconds) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def use_running_server() -> bool:
+    """Let Prefect talk to the server of `make ui` when it runs and PREFECT_API_URL names no other; whether one is named."""
+    if "PREFECT_API_URL" not in os.environ and answers(f"{API}/health"):
+        os.environ["PREFECT_API_URL"] = API
+    return "PREFECT_API_URL" in os.environ

@@ -38,5 +38,6 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
 
 def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
     """Shift to mean 0 and scale to std 1 over the mask; constant values give 0; masked entries are 0."""
-    centred = values - masked_mean(values, mask)
-    return centred * mask / (masked_var(values, mask).sqrt() + epsilon)
+    mean, std = masked_mean(values, mask), masked_var(values, mask).sqrt()
+    constant = std <= 1e-6 * mean.abs()  # the mean of equal values may be off by a rounding
+    return torch.where(constant, 0.0, (values - mean) * mask / (std + epsilon))

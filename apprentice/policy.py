@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from apprentice.compute import CPU, Compute
 from apprentice.tokens import Batch
 
+disable_progress_bar()  # loading bars would drown the stages' own lines
 PINNED = "pinned.json"  # in a model folder: the checkpoint stands elsewhere, named by revision and hashes
 
 

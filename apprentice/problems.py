@@ -94,14 +94,15 @@ def _draw_addends(extra: int, high: int, rng: random.Random, steps: int) -> Numb
 def _draw_chain(rng: random.Random, steps: int) -> Numbers:
     while True:
         data = [rng.randrange(1, 16)]
-        value = data[0]
+        value = peak = data[0]
         for _ in range(steps):
             change = rng.randrange(1, 10)
             if value >= change and rng.random() < 0.5:
                 change = -change
             value += change
+            peak = max(peak, value)
             data.append(change)
-        if value < NUMBERS - 5:
+        if peak < NUMBERS and value < NUMBERS - 5:
             return tuple(data)
 
 

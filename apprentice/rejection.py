@@ -27,12 +27,12 @@ class Accepted:
 def rejection_sample(rewards: Sequence[float], count: int, beta: float, rng: random.Random) -> Accepted:
     """Accept up to `count` candidates with probability exp((r - r_max) / beta), r_max over those left, round by round.
 
-    beta = 0 takes the best, ties at random; candidates of reward -inf or NaN are never accepted. A pool smaller than
+    beta = 0 takes the best, ties at random; candidates whose reward is not finite are never accepted. A pool smaller than
     `count` returns all it has.
     """
-    pool = [i for i, reward in enumerate(rewards) if reward > -math.inf]
+    pool = [i for i, reward in enumerate(rewards) if math.isfinite(reward)]
+    rng.shuffle(pool)  # the early stop favours those visited first, so candidates may come in any order
     if beta == 0:
-        rng.shuffle(pool)
         best = sorted(pool, key=lambda i: -rewards[i])[:count]
         return Accepted(best, min(1, len(best)), len(pool), len(best))
     accepted: list[int] = []

@@ -40,13 +40,20 @@ class Rollout:
 
 def uniforms(keys: Tensor, position: int) -> Tensor:
     """[B] int64 row keys to [B] float64 in [0, 1): splitmix64 of key and position, the same on every device."""
-    x = keys + (position + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15
-    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    x = keys + _signed((position + 1) * 0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return _shift(x ^ _shift(x, 31), 11).double() / 2**53
 
 
+def _signed(value: int) -> int:
+    """The int64 of the same 64 bits."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

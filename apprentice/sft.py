@@ -71,7 +71,7 @@ def fine_tune(
         if place == batches - 1:
             measured = held_out_loss(model, held_out, compute)
             losses.append(measured)
-            if config.select == "held_out_loss" and measured == min(losses):
+            if config.select == "held_out_loss" and losses.index(min(losses)) == epoch:
                 best = {name: tensor.clone() for name, tensor in weights(model).items()}
         recorder.step(step + 1, total, {"held_out_loss": measured, **row}, state)
     if best:

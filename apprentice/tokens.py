@@ -63,7 +63,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
         return [start + ids for ids in _encode_text(tokenizer, ["\n".join(m["content"] for m in chat) for chat in chats])]
     rendered = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     encoded: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    special = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for row, chat in enumerate(chats):
         if any(token in message["content"] for message in chat for token in special):
             encoded[row] = _encode_around(tokenizer, chat)

@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks.repro import PlanError, bring_up_to_date, comparison, first_table, plan, stop_all
+from tasks.repro import PlanError, bring_up_to_date, comparison, first_table, plan, stop_all, tell
 
 NEXT = """
 Look next at
@@ -42,10 +42,11 @@ def align(only: list[str] | None = None, force: bool = False) -> list[State]:
     except BaseException:  # Ctrl-C, a termination, a cancelled run
         stop_all()
         raise
-    states = [future.state for future in futures.values()]
-    if (text := comparison()) and all(state.is_completed() for state in states):
+    states = {name: future.state for name, future in futures.items()}
+    tell(states)
+    if (text := comparison()) and all(state.is_completed() for state in states.values()):
         create_markdown_artifact(text, key="comparison", description="every model, with 95% intervals")
-    return states
+    return list(states.values())
 
 
 def main(only: list[str], force: bool) -> int:

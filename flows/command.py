@@ -5,7 +5,8 @@ import os
 import urllib.error
 import urllib.request
 
-API = "http://127.0.0.1:4200/api"  # where `make ui` starts it
+HOST = "127.0.0.1"
+API = f"http://{HOST}:4200/api"  # where `make ui` starts it
 
 
 def align_options() -> argparse.Namespace:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.locked import LockedStage, git_commit, locked_stages
 from tasks.registry import Registry
-from tasks.runs import Runs
+from tasks.runs import Runs, figures_of
 from tasks.stage import ROOT, Stage, StageError, run, stores_root, write_json
 from tasks.store import alone, numbers, open_store, store_uri
 
@@ -70,8 +70,7 @@ def _version(
     if known:
         registry.restore_files(known, out)
     if measured is not None and not (known and experiment):
-        own = numbers(found.metrics.json()) if found.metrics else {}
-        registry.describe(version, found, own | numbers(measured.get(Path(out.path).name, {})), record)
+        registry.describe(version, found, figures_of(found) | numbers(measured.get(Path(out.path).name, {})), record)
     state = "known" if known else "new"
     stage.say(f"{registry.model} version {version.version}  {found.meta['register']:<12} {out.md5[:8]}  {state}")
     return version

@@ -4,6 +4,7 @@ A version is found again by its stage and the hash of its output, so registering
 comes back in full. It is made last: an attempt that is killed leaves a model without a version, and the next clears it away.
 """
 
+import json
 from typing import TYPE_CHECKING
 
 from tasks.flavor import write_model
@@ -40,7 +41,7 @@ class Registry:
 
     def restore_files(self, version: "ModelVersion", out: LockedOut) -> None:
         """Link a known version's files again when they were lost."""
-        write_model(self.client, self.client.get_logged_model(version.model_id), out, version.run_id)
+        write_model(self.client, self.client.get_logged_model(model_id_of(version)), out, version.run_id)
 
     def make(self, stage: LockedStage, out: LockedOut, run: "Run") -> "ModelVersion":
         """A new version of this checkpoint."""
@@ -57,7 +58,7 @@ class Registry:
         model = self.client.create_logged_model(self.runs.group, name, run_id, tags, params)
         write_model(self.client, model, out, run_id)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        return self.client.create_model_version(
+        version = self.client.create_model_version(
             self.model,
             source=f"models:/{model.model_id}",
             run_id=run_id,
@@ -65,13 +66,16 @@ class Registry:
             tags=tags,
             description=stage.description or None,
         )
+        shown = [{"name": self.model, "version": version.version}]  # how MLflow's page of models finds its versions
+        self.client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(shown)})
+        return version
 
     def describe(self, version: "ModelVersion", stage: LockedStage, metrics: dict[str, float], run: "Run") -> None:
         """Give a version these metrics (its run and its model too) and the tags of its present params, for those it had."""
         self.runs.set_metrics(run.info.run_id, metrics)
-        model = self.client.get_logged_model(version.model_id)
+        model = self.client.get_logged_model(model_id_of(version))
         if {metric.key: metric.value for metric in model.metrics or []} != metrics:
-            self._replace_metrics(version.model_id, run.info.run_id, metrics)
+            self._replace_metrics(model.model_id, run.info.run_id, metrics)
         for key, value in {"params_md5": digest(stage.params), "metrics_md5": digest(metrics)}.items():
             if version.tags.get(key) != value:
                 self.client.set_model_version_tag(self.model, version.version, key, value)
@@ -111,3 +115,8 @@ class Registry:
         self.point("champion", version)
         if version.tags.get("selected_by") != rule:
             self.client.set_model_version_tag(self.model, version.version, "selected_by", rule)
+
+
+def model_id_of(version: "ModelVersion") -> str:
+    """The logged model behind a version; the database store forgets `model_id`, its source names it."""
+    return str(version.model_id or version.source.removeprefix("models:/"))

@@ -11,6 +11,7 @@ from tasks.intervals import Interval, mean_interval, paired_difference, t_interv
 from tasks.report_metrics import metric_of, place
 from tasks.stage import StageError, rows_of
 
+MEASURED = ("sft", "sft_tuned", "srppo", "pairs")
 TRAINED = ("pretrain", "sft", "sft_tuned", "srppo", "rso")
 OUT_OF_DOMAIN = ("out_of_domain_pool", "out_of_domain_unseen")
 
@@ -43,7 +44,7 @@ def collect(folder: Path, params: Params) -> Evidence:
         values=values,
         samples={model: _read_samples(folder / "evaluate" / model / "samples.jsonl") for model in models},
         histories={name: _read_history(folder / name / "history.csv") for name in TRAINED},
-        metrics={name: _read_metrics(folder / name / "metrics.json") for name in (*TRAINED, "pairs")},
+        metrics={name: _read_metrics(folder / name / "metrics.json") for name in MEASURED},
     )
 
 

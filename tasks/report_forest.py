@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tasks.report_plots import Frame, axes, number, span, svg, ticks
+from tasks.report_plots import Frame, Point, axes, number, span, svg, ticks
 
 ROW = 25  # pixels a row of a forest plot
 HEAD = 26  # pixels above the first row of a group
@@ -30,7 +30,7 @@ def forest_chart(title: str, groups: dict[str, list[Mean]], ends: tuple[float, f
     """
     rows = sum(len(group) for group in groups.values())
     height = 34 + rows * ROW + len(groups) * HEAD
-    frame = Frame(ends, (0, 1), width=460, height=height, margin=(6, 128, 28, 84))
+    frame = Frame(ends, (0, 1), width=470, height=height, margin=(6, 152, 28, 84))
     parts = [_scale(frame, scale)]
     y = frame.margin[0]
     for name, group in groups.items():
@@ -70,16 +70,38 @@ def cross_chart(title: str, pairs: Sequence[tuple[Mean, Mean]], x_label: str, y_
     frame = Frame(
         span([end for x, _ in pairs for end in (x.low, x.high, 0.0)], 0.12),
         span([end for _, y in pairs for end in (y.low, y.high)], 0.12),
+        width=470,
+        height=250,
         margin=(22, 14, 40, 46),
     )
+    dots = [(frame.px(x.middle), frame.py(y.middle)) for x, y in pairs]
     parts = [axes(frame, x_label, y_label)]
-    for x, y in pairs:
-        cx, cy = frame.at((x.middle, y.middle)).split(",")
+    for (x, y), dot, name in zip(pairs, dots, _labels(frame, [x.name for x, _ in pairs], dots), strict=True):
+        cx, cy = f"{dot[0]:.1f}", f"{dot[1]:.1f}"
         parts.append(
             f'<g style="--c:{x.color}"><title>{escape(x.name)}: {escape(y.text)}, {escape(x.text)}</title>'
             f'<line class="whisker" x1="{frame.px(x.low):.1f}" x2="{frame.px(x.high):.1f}" y1="{cy}" y2="{cy}"/>'
             f'<line class="whisker" x1="{cx}" x2="{cx}" y1="{frame.py(y.low):.1f}" y2="{frame.py(y.high):.1f}"/>'
-            f'<circle class="mean solid" cx="{cx}" cy="{cy}" r="5"/>'
-            f'<text class="name" x="{float(cx) + 9:.1f}" y="{float(cy) - 8:.1f}">{escape(x.name)}</text></g>'
+            f'<circle class="mean" cx="{cx}" cy="{cy}" r="4.6"/>'
+            f'<text class="name" x="{name[0]:.1f}" y="{name[1]:.1f}">{escape(x.name)}</text></g>'
         )
     return svg(frame, "".join(parts), title)
+
+
+def _labels(frame: Frame, names: Sequence[str], dots: Sequence[Point]) -> list[Point]:
+    """Where each name starts: the first place around its dot that is free of dots and of names already placed."""
+    placed: list[tuple[float, float, float]] = []  # left, right, baseline
+    for name, (x, y) in zip(names, dots, strict=True):
+        width = 7.2 * len(name)
+        places = [(x + side, y + rise) for rise in (-8.0, 16.0, -20.0, 28.0) for side in (8.0, -8.0 - width)]
+        inside = [place for place in places if frame.margin[3] <= place[0] <= frame.width - width]
+        free = [place for place in inside if not _taken(place, width, placed, dots)]
+        left, base = (free or inside or places)[0]
+        placed.append((left, left + width, base))
+    return [(left, base) for left, _, base in placed]
+
+
+def _taken(place: Point, width: float, placed: Sequence[tuple[float, float, float]], dots: Sequence[Point]) -> bool:
+    left, base = place
+    names = any(left < right and begin < left + width and abs(base - other) < 12 for begin, right, other in placed)
+    return names or any(left - 6 < x < left + width + 6 and base - 15 < y < base + 6 for x, y in dots)

@@ -49,7 +49,7 @@ def page(evidence: Evidence) -> str:
         ),
         (
             "kl",
-            "Accuracy against KL",
+            "Gain against KL",
             "What each model gained for how far it moved from the SFT model.",
             _figures(kl_figures(evidence), "wide"),
         ),
@@ -147,7 +147,7 @@ def _plain(markdown: str) -> str:
 
 def _figures(figures: Iterable[Figure], kind: str = "") -> str:
     drawn = "".join(
-        f"<figure><h3>{escape(title)}</h3>{caption and f"<figcaption>{caption}</figcaption>"}{chart}</figure>"
+        f"<figure><h3>{escape(title)}</h3>{caption and f'<figcaption>{caption}</figcaption>'}{chart}</figure>"
         for title, chart, caption in figures
     )
     return f'<div class="grid {kind}">{drawn}</div>' if drawn else ""

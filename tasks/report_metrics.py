@@ -55,7 +55,7 @@ METRICS = {
 
 TRAINING = {
     "loss": "What the optimiser minimises: per response token in fine-tuning, per pair in preference optimisation.",
-    "tokens": "Response tokens of this step's batch.",
+    "tokens": "Tokens seen so far in pretraining.",
     "epoch": "Passes over the data so far.",
     "learning_rate": "Of this step, after warm-up and decay.",
     "grad_norm": "Length of the gradient before clipping.",

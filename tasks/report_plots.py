@@ -29,8 +29,8 @@ class Frame:
 
     x: tuple[float, float]
     y: tuple[float, float]
-    width: int = 420
-    height: int = 236
+    width: int = 340
+    height: int = 212
     margin: tuple[int, int, int, int] = field(default=(12, 14, 40, 46))  # top, right, bottom, left
 
     def px(self, value: float) -> float:
@@ -53,7 +53,7 @@ def _share(value: float, ends: tuple[float, float]) -> float:
 def span(values: Sequence[float], room: float = 0.06) -> tuple[float, float]:
     """The range of the values with a little room; never of zero width."""
     low, high = min(values), max(values)
-    gap = (high - low) * room or abs(high) * 0.1 or 1.0
+    gap = (high - low) * room if high > low else abs(high) * 0.1 or 1.0
     return low - gap, high + gap
 
 
@@ -132,7 +132,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step", y_la
 
 def scatter_chart(title: str, one: Series, x: tuple[float, float], y: tuple[float, float], labels: tuple[str, str]) -> str:
     """A cloud with its least-squares line, inside given ranges so that neighbours compare."""
-    frame = Frame(x, y, width=300, height=220, margin=(22, 10, 40, 42))
+    frame = Frame(x, y, width=236, height=190, margin=(22, 6, 38, 26))
     dots = "".join(
         f'<circle class="dot" style="fill:{one.color}" cx="{frame.px(a):.1f}" cy="{frame.py(b):.1f}" r="2.4"/>'
         for a, b in one.points

@@ -22,9 +22,9 @@ body {
 main { max-width: 1180px; margin: 0 auto; padding: 0 28px 96px; }
 header { padding: 64px 0 20px; }
 .over { margin: 0; color: var(--faint); font-size: 13px; letter-spacing: .08em; text-transform: uppercase; }
-h1, h2 { font-family: ui-serif, Charter, "Iowan Old Style", "Palatino Linotype", Georgia, serif; font-weight: 600; }
-h1 { font-size: 42px; line-height: 1.12; letter-spacing: -.015em; margin: 10px 0 14px; max-width: 22ch; }
-h2 { font-size: 27px; letter-spacing: -.01em; margin: 72px 0 6px; }
+h1, h2 { font-weight: 660; }
+h1 { font-size: 40px; line-height: 1.14; letter-spacing: -.025em; margin: 10px 0 14px; max-width: 22ch; }
+h2 { font-size: 25px; letter-spacing: -.018em; margin: 76px 0 6px; }
 h3 { font-size: 15px; font-weight: 600; margin: 0 0 2px; }
 p, li { max-width: 76ch; }
 .lead { font-size: 18px; color: var(--soft); margin: 0; }
@@ -43,28 +43,38 @@ th, td { padding: 10px 14px 10px 0; border-bottom: 1px solid var(--line); }
 }
 .big td { padding-top: 13px; padding-bottom: 13px; }
 .value { font-size: 20px; font-weight: 600; letter-spacing: -.01em; }
-.ends { color: var(--faint); font-size: 13px; margin-left: 6px; white-space: nowrap; }
+.ends { color: var(--faint); font-size: 12.5px; margin: 0 6px; white-space: nowrap; }
 .track { display: block; width: 120px; height: 5px; margin-top: 5px; background: var(--wash); border-radius: 3px; }
 .track rect { fill: var(--c); }
 .track .range { opacity: .35; }
 .small { font-size: 13.5px; }
 .small td, .small th { padding: 6px 14px 6px 0; white-space: nowrap; }
 .wrap td { white-space: normal; vertical-align: top; }
-.findings { padding: 0; list-style: none; display: grid; gap: 12px; margin: 24px 0 0; }
-.findings li {
-  max-width: none; padding: 16px 20px; background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--c);
-  border-radius: 8px; font-variant-numeric: tabular-nums;
+.findings {
+  padding: 0; list-style: none; display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr));
 }
-.findings b { font-weight: 600; }
-.better { color: var(--good); } .worse { color: var(--bad); } .open { color: var(--soft); }
-.better b, .worse b, .open b { color: var(--ink); }
-.findings p { margin: 4px 0 0; max-width: none; font-size: 15px; }
-.warning { color: var(--bad); }
+.findings li {
+  max-width: none; padding: 18px 22px; background: var(--card); border: 1px solid var(--line); border-top: 3px solid var(--c);
+  border-radius: 10px; font-variant-numeric: tabular-nums;
+}
+.findings p { margin: 12px 0 4px; font-size: 12.5px; font-weight: 600; letter-spacing: .04em; text-transform: uppercase; }
+.findings div {
+  display: grid; grid-template-columns: 1fr 74px 132px; align-items: baseline; font-size: 15px; line-height: 1.75;
+}
+.findings div b { text-align: right; } .findings small { color: var(--faint); text-align: right; font-size: 13px; }
+.better { color: var(--good); } .worse { color: var(--bad); } .open { color: var(--faint); }
+.notes { padding: 0 0 0 18px; margin: 16px 0 24px; color: var(--soft); font-size: 15px; }
+.notes li { max-width: 110ch; margin: 4px 0; } .notes .warning { color: var(--bad); }
 .grid { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
 .grid.wide { grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); }
-.grid.narrow { grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 16px; }
-figure { margin: 0; padding: 18px 18px 14px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-figcaption { color: var(--soft); font-size: 13px; min-height: 20px; margin-bottom: 8px; }
+.grid.narrow { grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: 14px; }
+.grid.narrow figure { padding: 14px 12px 10px; }
+figure {
+  display: flex; flex-direction: column; margin: 0; padding: 18px 18px 14px; background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px;
+}
+figcaption { color: var(--soft); font-size: 13px; line-height: 1.45; margin-bottom: 6px; }
+figure svg { margin-top: auto; }
 figcaption i { display: inline-block; width: 16px; border-top: 2.4px solid var(--c); vertical-align: 4px; margin-right: 3px; }
 figcaption i.dash { border-top-style: dashed; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; overflow: visible; }
@@ -72,7 +82,7 @@ svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-n
 svg .tick { fill: var(--faint); font-size: 11px; }
 svg .name { fill: var(--ink); font-size: 12.5px; }
 svg .value { fill: var(--ink); font-size: 12.5px; font-weight: 500; letter-spacing: 0; }
-svg .group { fill: var(--faint); font-size: 11.5px; }
+svg .group { fill: var(--faint); font-size: 11.5px; paint-order: stroke; stroke: var(--card); stroke-width: 5px; }
 svg .grid { stroke: var(--line); } svg .zero { stroke: var(--faint); }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg .band { opacity: .13; } svg .dot { opacity: .45; }
@@ -94,6 +104,8 @@ summary { cursor: pointer; font-weight: 600; }
 details pre { columns: 3 260px; column-gap: 32px; line-height: 1.5; color: var(--soft); }
 footer { margin-top: 72px; color: var(--faint); font-size: 13px; }
 @media (max-width: 620px) {
+  .findings { grid-template-columns: 1fr; } .findings div { grid-template-columns: 1fr auto; }
+  .findings small { grid-column: 1 / -1; text-align: left; }
   main { padding: 0 16px 64px; } h1 { font-size: 32px; } .grid, .grid.wide { grid-template-columns: 1fr; }
 }
 @media print { nav { display: none; } figure, .prompt, .findings li { break-inside: avoid; } }

@@ -10,15 +10,15 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, Failed
 
 from tasks import process
-from tasks.dvcstage import MachineryFailed, StageInfo, read_stages, repro
+from tasks.dvcstage import MachineryFailed, StageFailed, StageInfo, read_stages, repro
 from tasks.slots import Slots, slots_of
 from tasks.stage import ROOT, read_params
 from tasks.tracking import followed
 
-RETRY_SECONDS = 5
+MACHINERY = "MachineryFailed"  # name of the failed state after which a retry may help
 
 
 class PlanError(ValueError):
@@ -52,31 +52,42 @@ def _named(stage: str, name: str) -> bool:
 
 def _is_machinery(task: Any, run: TaskRun, state: State[Any]) -> bool:
     """Whether trying again may help: never when the stage itself failed."""
-    return isinstance(state.result(raise_on_failure=False), MachineryFailed)
+    return state.name == MACHINERY
 
 
 @task(
     task_run_name="{stage.name}",
     persist_result=False,
     cache_policy=NO_CACHE,
-    retry_delay_seconds=RETRY_SECONDS,
+    retry_delay_seconds=5,
     retry_condition_fn=_is_machinery,
 )
 def bring_up_to_date(stage: StageInfo, slots: Slots, force: bool = False) -> State[Any]:
     """Run one stage through DVC, its lines in the task's log, its training curve in MLflow as it grows."""
     log = get_run_logger()
+    torch = bool(stage.meta.get("torch"))
     try:
-        with slots.take(bool(stage.meta.get("torch")), log.info) as place:
-            with followed(stage.name, stage.outs, log.warning) as listen:
+        with slots.take(torch, log.info) as place, followed(stage.name, stage.outs, log.warning) as listen:
 
-                def say(line: str) -> None:
-                    log.info("%s", line)
-                    listen(line)
+            def say(line: str) -> None:
+                log.info("%s", line)
+                listen(line)
 
-                skipped = repro(stage.name, say, force, place)
+            skipped = repro(stage.name, say, force, place)
     except process.Stopped:
         return Cancelled(message="stopped with the flow")
+    except StageFailed as error:  # as a state, not a traceback: what the stage printed says more
+        return Failed(name=MACHINERY if isinstance(error, MachineryFailed) else "Failed", message=str(error))
     return Completed(name="Cached", message=skipped) if skipped else Completed(message="ran")
+
+
+def tell(states: dict[str, State[Any]]) -> None:
+    """Log which stages ran, were cached, failed or could not begin."""
+    named: dict[str, list[str]] = {}
+    for name, state in states.items():
+        kind = {"Completed": "ran", "NotReady": "not begun"}.get(state.name or "", (state.name or "").lower())
+        named.setdefault(kind, []).append(name)
+    get_run_logger().info("; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items()))
 
 
 def stop_all() -> None:

@@ -51,14 +51,14 @@ class Runs:
         if not run.data.params:
             log_params(self.client, run_id, stage.params)
         log_rows(self.client, run_id, rows, (execution.began, execution.ended) if execution else None)
-        figures = numbers(stage.metrics.json()) if stage.metrics else {}
-        self.set_metrics(run_id, figures | (execution.figures() if execution else {}))
+        self.set_metrics(run_id, figures_of(stage) | (execution.figures() if execution else {}))
         for out in stage.outs:
             if Path(out.path).suffix in (".html", ".md"):  # in DVC's cache a file is called by its hash
                 self.client.log_text(run_id, out.only_file().read_text(encoding="utf-8"), Path(out.path).name)
         for key, value in {**self.origin, **(execution.tags() if execution else {})}.items():
             self.client.set_tag(run_id, key, value)
-        self.client.set_terminated(run_id, "FINISHED", int(1000 * execution.ended) if execution else None)
+        end = int(1000 * execution.ended) if execution else run.info.end_time
+        self.client.set_terminated(run_id, "FINISHED", end)
         self.client.set_tag(run_id, "dvc.md5", md5)
         return self.client.get_run(run_id)
 
@@ -77,6 +77,12 @@ def _execution(stage: LockedStage) -> Execution | None:
     kept = stage.metrics or stage.outs[0]
     path = next(iter((kept.files or {}).values()), None)
     return execution_of(stores_root(), stage.name, path.stat().st_mtime) if path else None
+
+
+def figures_of(stage: LockedStage) -> dict[str, float]:
+    """A stage's own metrics; of the report those of its models."""
+    values = stage.metrics.json() if stage.metrics else {}
+    return numbers(values.get("models", values))
 
 
 def digest(value: Any) -> str:

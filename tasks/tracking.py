@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.stage import ROOT, read_params
-from tasks.store import BATCH, find_run, log_params, open_store
+from tasks.store import BATCH, find_run, log_params, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 RUNNING_LINE = "Running stage '"  # DVC prints it once the old outputs are gone and the command starts
 POLL = 2.0  # seconds between two looks at a growing file
+
+
+def prepare_store() -> tuple[str, str]:
+    """Make database and experiment before several processes come at once; the store's address, the experiment's id."""
+    _client, experiment = open_store(read_params().register.experiment)
+    return store_uri(), experiment
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -77,9 +83,9 @@ class LiveRun(threading.Thread):
             self.warn(f"no live charts for {self.stage}: {type(error).__name__}: {error}; `register` will add them")
 
     def _follow(self) -> None:
-        while not (rows := read_history(self.history)) and not self.done.wait(POLL):
+        while not read_history(self.history) and not self.done.wait(POLL):
             pass
-        if not rows:
+        if not (rows := read_history(self.history)):
             return
         client, run_id = self._open(rows)
         count, last = 0, False
@@ -98,7 +104,7 @@ class LiveRun(threading.Thread):
         from tasks.dvcstage import current_inputs
 
         key, params = current_inputs(self.stage)
-        client, experiment = open_store(read_params(ROOT / "params.yaml").register.experiment)
+        client, experiment = open_store(read_params().register.experiment)
         tags = {"dvc.stage": self.stage, "dvc.inputs": key}
         self.logged: set[float] = set()
         for run in find_run(client, experiment, tags):

@@ -75,3 +75,13 @@ def params() -> Callable[..., Params]:
     """The shipped params, with changes: `params(**{"ingest.same_prompt": "first"})`."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     return lambda **changes: parse(changed(raw, changes))
+
+
+@pytest.fixture
+def stage_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: Callable[..., Params]) -> Callable[..., Any]:
+    """Make a stage that reads and writes in a temporary folder: `stage_of("ingest", **{"ingest.same_prompt": "first"})`."""
+    from tasks import stage
+
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return lambda name, **changes: stage.Stage(name, params(**changes))

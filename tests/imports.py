@@ -12,8 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("apprentice", "tasks", "flows")
-# Imported by stages and yet no dependency of them: it finds keys and paths, and no byte of a result comes from it.
-BOOKKEEPING = {"tasks/dvcstage.py"}
+# Imports that make no dependency: through this one a stage finds its key and its outputs, and no byte of a result.
+BOOKKEEPING = {("tasks/stage.py", "tasks/dvcstage.py")}
 
 
 def sources(*packages: str) -> list[str]:
@@ -38,14 +38,16 @@ def file_of(module: str) -> str | None:
     return None
 
 
-def imported_by(path: str) -> set[str]:
+@cache
+def imported_by(path: str) -> frozenset[str]:
     """Modules a file imports anywhere, ours by their full name: `from tasks import stage` gives tasks and tasks.stage."""
-    return {name for node in ast.walk(tree_of(path)) for name in _names(node)}
+    return frozenset(name for node in ast.walk(tree_of(path)) for name in _names(node))
 
 
-def imported_at_start(path: str) -> set[str]:
+@cache
+def imported_at_start(path: str) -> frozenset[str]:
     """Modules a file imports when it is itself imported: those outside functions and `if TYPE_CHECKING`."""
-    return {name for node in _outside_functions(tree_of(path)) for name in _names(node)}
+    return frozenset(name for node in _outside_functions(tree_of(path)) for name in _names(node))
 
 
 def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
@@ -70,10 +72,11 @@ def _names(node: ast.AST) -> Iterator[str]:
         yield str(node.args[0].value)
 
 
-def our_imports(path: str) -> set[str]:
+@cache
+def our_imports(path: str) -> frozenset[str]:
     """Our files a file imports. A package's `__init__.py` counts when it holds more than a docstring."""
     files = {file_of(part) for name in imported_by(path) for part in _with_parents(name)}
-    return {file for file in files if file and file != path and not _is_bare_package(file)}
+    return frozenset(file for file in files if file and file != path and not _is_bare_package(file))
 
 
 def _with_parents(module: str) -> list[str]:
@@ -91,9 +94,9 @@ def closure(path: str) -> list[str]:
     found, waiting = set(), [path]
     while waiting:
         file = waiting.pop()
-        if file not in found and file not in BOOKKEEPING:
+        if file not in found:
             found.add(file)
-            waiting += our_imports(file)
+            waiting += [name for name in our_imports(file) if (file, name) not in BOOKKEEPING]
     return sorted(found)
 
 

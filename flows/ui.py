@@ -1,0 +1,116 @@
+"""Prefect's and MLflow's servers on this machine's loopback address: `python -m flows.ui`, or `make ui`."""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+
+from flows import ROOT
+from flows.command import HOST, answers, ui_options
+from tasks import process
+from tasks.tracking import prepare_store
+
+PATIENCE = 180.0  # seconds for a server to answer
+
+
+class UiError(RuntimeError):
+    """The servers cannot start; the message says what to do."""
+
+
+class Server(threading.Thread):
+    """One server as a child process; its output is kept for the case that it fails."""
+
+    page = ""  # what of it to open first
+
+    def __init__(self, name: str, address: str, health: str, command: list[str], env: dict[str, str]) -> None:
+        super().__init__(daemon=True, name=name)
+        self.address, self.health, self.command, self.env = address, f"{address}{health}", command, env
+        self.lines: deque[str] = deque(maxlen=20)
+
+    def run(self) -> None:
+        """Run it to its end."""
+        with contextlib.suppress(process.Stopped):
+            process.run([sys.executable, "-m", *self.command], ROOT, {**os.environ, **self.env}, self.lines.append)
+
+    def wait_until_it_answers(self) -> None:
+        """Return when it serves; raise with its last lines when it ends instead, or takes too long."""
+        until = time.monotonic() + PATIENCE
+        while not answers(self.health):
+            if not self.is_alive() or time.monotonic() > until:
+                raise UiError(f"{self.name}'s server did not start:\n" + "\n".join(self.lines))
+            time.sleep(0.3)
+
+
+def prefect_server(port: int) -> Server:
+    """Prefect's server; API and UI on one port."""
+    address = f"http://{HOST}:{port}"
+    env = {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port), "PREFECT_API_URL": f"{address}/api"}
+    env["PREFECT_UI_API_URL"] = f"{address}/api"  # or its pages ask the default port
+    return Server("Prefect", address, "/api/health", ["prefect", "server", "start"], env)
+
+
+def mlflow_server(port: int, store: str, experiment: str) -> Server:
+    """MLflow's server over the project's store; its checks of Host and Origin stay on."""
+    command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", store, "--artifacts-destination", str(ROOT / "mlruns")]
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # ten processes less
+    server = Server("MLflow", f"http://{HOST}:{port}", "/health", command, env)
+    server.page = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"  # else it opens its pages for agents
+    return server
+
+
+def check_free(port: int, flag: str) -> None:
+    """Raise when something listens on the port."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        if probe.connect_ex((HOST, port)) == 0:
+            raise UiError(f"Port {port} is taken, perhaps by another `make ui`: stop that, or choose one with {flag} PORT.")
+
+
+def start(options: argparse.Namespace) -> list[Server]:
+    """Start what is wanted, wait for it, and say where it is."""
+    check_free(options.prefect_port, "--prefect-port")
+    store, experiment = prepare_store()
+    servers = [prefect_server(options.prefect_port)]
+    if store.startswith("http"):
+        print(f"MLflow   {store}   (MLFLOW_TRACKING_URI)")
+    else:
+        check_free(options.mlflow_port, "--mlflow-port")
+        servers.append(mlflow_server(options.mlflow_port, store, experiment))
+    print("starting...", flush=True)
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.wait_until_it_answers()
+        print(f"{server.name:<8} {server.address}{server.page}")
+    if options.prefect_port != 4200:
+        print(f"For flows to find it: export PREFECT_API_URL={servers[0].address}/api")
+    print("Ctrl-C stops them.", flush=True)
+    return servers
+
+
+def main(options: argparse.Namespace) -> int:
+    """Start the servers and keep them until Ctrl-C; 2 when one cannot start or ends by itself."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        servers = start(options)
+        while all(server.is_alive() for server in servers):
+            time.sleep(0.5)
+        ended = next(server for server in servers if not server.is_alive())
+        raise UiError(f"{ended.name}'s server ended:\n" + "\n".join(ended.lines))
+    except KeyboardInterrupt:
+        return 0
+    except (UiError, ValueError) as error:  # ValueError: params.yaml is wrong
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        process.stop_all()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(ui_options()))

@@ -1,0 +1,65 @@
+"""The budget of a forward pass, and the device."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apprentice.compute import CPU, Compute, set_up
+from apprentice.config import ComputeConfig
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """Put back what `set_up` changes for the process."""
+    deterministic, tf32 = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.set_flush_denormal(False)
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
+@settings(max_examples=60, deadline=None)
+def test_micro_batches_take_each_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    groups = list(Compute(CPU.device, CPU.dtype, budget).micro_batches(lengths))
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[row] for row in group) <= budget
+    flat = [lengths[row] for group in groups for row in group]
+    assert flat == sorted(flat, reverse=True)
+
+
+def test_micro_batches_by_hand() -> None:
+    # longest first: 9 alone (2 * 9 > 12), then 4, 4, 3 (3 * 4 = 12), then 1
+    assert list(Compute(CPU.device, CPU.dtype, 12).micro_batches([4, 1, 9, 3, 4])) == [[2], [0, 4, 3], [1]]
+    assert list(CPU.micro_batches([])) == []
+
+
+def test_set_up_on_a_cpu(torch_settings: None) -> None:
+    compute = set_up(ComputeConfig(device="cpu", dtype="auto", threads=1, forward_tokens=77))
+    assert (compute.device.type, compute.dtype, compute.forward_tokens) == ("cpu", torch.float32, 77)
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is an accelerator")
+def test_auto_takes_the_cpu_where_there_is_nothing_else(torch_settings: None) -> None:
+    assert set_up(ComputeConfig("auto", "auto", 1, 8)) == Compute(torch.device("cpu"), torch.float32, 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_an_error(torch_settings: None) -> None:
+    with pytest.raises(ValueError, match=r"compute\.device: expected a device of this machine \(cpu\), got 'cuda'"):
+        set_up(ComputeConfig("cuda", "auto", 1, 8))
+
+
+def test_autocast_casts_products_and_leaves_float32_alone(torch_settings: None) -> None:
+    bf16 = set_up(ComputeConfig("cpu", "bfloat16", 1, 8))
+    matrix = torch.ones(2, 2)
+    with bf16.autocast():
+        assert (matrix @ matrix).dtype == torch.bfloat16
+    with CPU.autocast():
+        assert (matrix @ matrix).dtype == torch.float32

@@ -1,0 +1,84 @@
+"""The canonical schema: ids, the split and the files."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apprentice.demonstrations import (
+    Demonstration,
+    atomic_write,
+    demonstration,
+    digest,
+    prompt_id,
+    prompt_text,
+    read_demonstrations,
+    split_of,
+    write_demonstrations,
+)
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": texts}), max_size=3)
+prompts = st.one_of(texts, messages)
+shares = st.floats(0, 0.5)
+
+
+def test_id_follows_prompt_and_response_alone() -> None:
+    row = demonstration("2 + 2", "4", "a.jsonl:1")
+    assert row.id == demonstration("2 + 2", "4", "b.jsonl:9", quality="poor", answer="4", meta={"x": 1}).id
+    assert row.id != demonstration("2 + 2", "5", "a.jsonl:1").id
+    assert row.id != demonstration("2 + 2", None, "a.jsonl:1").id
+    assert row.id == "6aa6625f2af3e520"  # a changed hash would rename every row and move every split
+
+
+def test_digest_ignores_the_order_of_keys_only() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest(["a", "b"]) != digest(["b", "a"]) != digest("ab")
+    assert prompt_id([{"role": "user", "content": "x"}]) == prompt_id([{"content": "x", "role": "user"}])
+
+
+def test_shares_of_the_split() -> None:
+    counts = {"train": 0, "validation": 0, "evaluation": 0}
+    for number in range(10000):
+        counts[split_of(f"prompt {number}", 0.1, 0.2)] += 1
+    assert counts["train"] == pytest.approx(7000, abs=200)
+    assert counts["validation"] == pytest.approx(1000, abs=150)
+    assert counts["evaluation"] == pytest.approx(2000, abs=200)
+
+
+@given(prompts, shares, st.floats(0, 0.4))
+def test_a_larger_validation_share_takes_from_train_alone(prompt: object, evaluation: float, more: float) -> None:
+    before, after = (split_of(prompt, share, evaluation) for share in (0.05, 0.05 + more))  # type: ignore[arg-type]
+    assert before == after or (before, after) == ("train", "validation")
+
+
+@given(prompts)
+def test_split_at_the_ends(prompt: object) -> None:
+    assert split_of(prompt, 0, 0) == "train"  # type: ignore[arg-type]
+    assert split_of(prompt, 0, 1) == "evaluation"  # type: ignore[arg-type]
+    assert split_of(prompt, 1, 0) == "validation"  # type: ignore[arg-type]
+
+
+@given(st.lists(st.builds(demonstration, prompts, st.none() | texts, texts, answer=st.none() | texts), max_size=5))
+def test_tables_survive_the_file(tmp_path_factory: pytest.TempPathFactory, rows: list[Demonstration]) -> None:
+    path = tmp_path_factory.mktemp("tables") / "rows.jsonl"
+    write_demonstrations(path, rows)
+    assert read_demonstrations(path) == rows
+    assert path.read_bytes().count(b"\n") == len(rows)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_prompt_text_reads_a_chat_in_order() -> None:
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert prompt_text(chat) == "system: be brief\nuser: hi"
+    assert prompt_text("hi") == "hi"

@@ -1,0 +1,114 @@
+"""Snapshots: what is saved comes back bit for bit, the previous one survives a crash, old ones are pruned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks import stage as stage_module
+from tasks.resume import StageRecorder, load_state, save_state
+from tasks.stage import Stage, read_params
+
+STATE = {
+    "model": {"a.weight": torch.tensor([[1.5, -2.25]]), "b": torch.arange(3)},
+    "best": {},
+    "losses": [0.1, 0.2],
+    "scale": None,
+    "step": 7,
+    "nested": [{"x": torch.tensor(3.0)}, "text"],
+}
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    save_state(tmp_path / "last", STATE)
+    assert same(load_state(tmp_path / "last"), STATE)
+
+
+def test_no_state_is_none(tmp_path: Path) -> None:
+    assert load_state(tmp_path / "last") is None
+
+
+def test_a_crash_between_the_renames_leaves_the_previous_state(tmp_path: Path) -> None:
+    save_state(tmp_path / "last", STATE)
+    (tmp_path / "last").rename(tmp_path / "last.old")  # where a crash would leave it
+    found = load_state(tmp_path / "last")
+    assert found is not None and found["step"] == 7
+
+
+def test_a_half_written_state_is_never_read(tmp_path: Path) -> None:
+    save_state(tmp_path / "last", STATE)
+    (tmp_path / "last.partial").mkdir()
+    (tmp_path / "last.partial" / "tensors.safetensors").write_bytes(b"torn")
+    save_state(tmp_path / "last", {**STATE, "step": 8})
+    found = load_state(tmp_path / "last")
+    assert found is not None and found["step"] == 8
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    params = read_params()
+    monkeypatch.setattr(stage_module, "ROOT", tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    made = Stage("sft", params)
+    made.__dict__["key"] = "0123"  # without a DVC project there is none to compute
+    return made
+
+
+def save_always(recorder: StageRecorder) -> None:
+    recorder._saved = float("-inf")
+
+
+def test_an_interrupted_run_continues_with_its_history(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    first = StageRecorder(stage, "loss")
+    assert first.resume() is None
+    save_always(first)
+    first.step(1, 3, {"loss": 2.0}, lambda: {"step": 1, "w": torch.ones(2)})
+    first.step(2, 3, {"loss": 1.0}, lambda: {"step": 2})  # no snapshot is due: this step is lost
+    second = StageRecorder(stage, "loss")
+    saved = second.resume()
+    assert saved is not None and saved["step"] == 1 and torch.equal(saved["w"], torch.ones(2))
+    assert "continuing after step 1" in capsys.readouterr().out
+    assert stage.history.path.read_text() == "step,loss\n1,2\n"
+    telemetry = (stage_module.stores_root() / ".telemetry" / "sft.jsonl").read_text().splitlines()
+    assert [json.loads(line)["resumed_at"] for line in telemetry if "resumed_at" in line] == [1]
+
+
+def test_work_of_other_inputs_is_never_taken(stage: Stage) -> None:
+    first = StageRecorder(stage)
+    first.resume()
+    save_always(first)
+    first.step(1, 3, {"loss": 2.0}, lambda: {"step": 1})
+    stage.__dict__["key"] = "4567"
+    assert StageRecorder(stage).resume() is None
+
+
+def test_a_finished_stage_leaves_no_unfinished_work(stage: Stage) -> None:
+    recorder = StageRecorder(stage)
+    recorder.resume()
+    save_always(recorder)
+    recorder.step(1, 3, {"loss": 2.0}, lambda: {"step": 1})
+    assert recorder.folder.exists()
+    stage.finish()
+    assert not recorder.folder.exists()
+
+
+def test_only_the_newest_unfinished_runs_are_kept(stage: Stage) -> None:
+    for key in ("a", "b", "c", "d"):
+        stage.__dict__["key"] = key
+        recorder = StageRecorder(stage)
+        recorder.resume()
+        save_always(recorder)
+        recorder.step(1, 3, {"loss": 2.0}, lambda: {"step": 1})
+    assert len(list(recorder.folder.parent.iterdir())) == stage.params.runtime.resume_folders == 3
+    assert recorder.folder.exists()

@@ -1,0 +1,112 @@
+"""A small DVC project around the real tasks and flows: stages of a second, fake checkpoints, the real params.
+
+prepare -> base -> sft -> evaluate@base, evaluate@sft -> report -> register
+        -> words (no torch, beside base)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.conftest import PARTS, ROOT, Project
+
+WORKER = '''
+"""Does what a stage of the toy does: python worker.py <stage> [<item>]."""
+import csv, hashlib, json, os, pathlib, sys, time
+
+
+def real_model(folder, seed):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    sizes = dict(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).save_pretrained(folder)
+
+
+name, item = sys.argv[1], (sys.argv + [""])[2]
+knobs = json.loads(pathlib.Path("knobs.json").read_text())
+if name in knobs.get("fail", []):
+    print("ERROR: the stage cannot", flush=True)
+    raise SystemExit(3)
+data, reports = pathlib.Path("data"), pathlib.Path("data/reports") / name / item
+reports.mkdir(parents=True, exist_ok=True)
+seed = int(hashlib.md5((name + item + pathlib.Path("salt").read_text()).encode()).hexdigest()[:4], 16)
+if name in knobs.get("hang", []):
+    pathlib.Path("hanging").write_text(str(os.getpid()))
+    print("hanging", flush=True)
+    time.sleep(600)
+if name in ("base", "sft"):
+    model = data / "models" / name
+    model.mkdir(parents=True)
+    if knobs.get("real"):
+        real_model(model, seed)
+    else:
+        (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "dtype": "float32"}))
+        (model / "tokenizer_config.json").write_text("{}")
+        (model / "model.safetensors").write_bytes(seed.to_bytes(4, "big") * 1000)
+    with (reports / "history.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\\n")
+        writer.writerow(["step", "loss"])
+        for step in range(1, 6):
+            writer.writerow([step, f"{seed / step:.6g}"])
+            file.flush()
+            time.sleep(knobs.get("step_seconds", 0))
+if name == "report":
+    models = {m: json.loads((data / f"reports/evaluate/{m}/metrics.json").read_text()) for m in ("base", "sft")}
+    figures = {m: {"validation/held_out_loss": {"mean": v["loss"], "low": v["loss"] - 1, "high": v["loss"] + 1}} for m, v in models.items()}
+    (data / "reports/report.json").write_text(json.dumps({"seed": 0, "models": figures, "differences": []}))
+    (data / "reports/report.md").write_text("# Report\\n\\n| model | loss |\\n| --- | --- |\\n| sft | 1 |\\n\\nmore\\n")
+    (data / "reports/report.html").write_text("<p>report</p>")
+else:
+    (reports / "metrics.json").write_text(json.dumps({"loss": seed, "text": "left out"}))
+print(f"[{name}] done on {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
+'''
+
+
+def _stage(name: str, deps: list[str], outs: list[str], metric: str | None = None, **more: Any) -> dict[str, Any]:
+    metric = metric or f"data/reports/{name}/metrics.json"
+    return {"cmd": f"python worker.py {name}", "deps": [*deps, "salt"], "outs": outs, "metrics": [metric], **more}
+
+
+def pipeline() -> dict[str, Any]:
+    """The toy's dvc.yaml."""
+    stages = {"prepare": _stage("prepare", [], []), "words": _stage("words", ["data/reports/prepare"], [])}
+    for name, need in (("base", "data/reports/prepare"), ("sft", "data/models/base")):
+        outs = [f"data/models/{name}", f"data/reports/{name}/history.csv"]
+        meta = {"torch": True, "register": name}
+        stages[name] = _stage(name, [need], outs, params=["seed", "sft.learning_rate"], meta=meta, desc=f"makes {name}")
+    stages["evaluate"] = {
+        "foreach": ["base", "sft"],
+        "do": {
+            "cmd": "python worker.py evaluate ${item}",
+            "deps": ["data/models/${item}", "salt"],
+            "params": ["evaluate.samples"],
+            "metrics": ["data/reports/evaluate/${item}/metrics.json"],
+            "meta": {"torch": True},
+        },
+    }
+    outs = ["data/reports/report.md", "data/reports/report.html"]
+    stages["report"] = _stage("report", ["data/reports/evaluate"], outs, "data/reports/report.json")
+    stages["register"] = {
+        "cmd": "python -m tasks.register",
+        "deps": ["data/reports/report.json", "data/models/base", "data/models/sft"],
+        "params": ["register"],
+        "outs": ["data/reports/complete", {"data/reports/registry.json": {"persist": True}}],
+    }
+    return {"stages": stages}
+
+
+def make_toy(project: Project) -> Project:
+    """Turn a copy of the project into the toy."""
+    project.path("dvc.yaml").write_text(yaml.safe_dump(pipeline(), sort_keys=False))
+    project.path("worker.py").write_text(WORKER)
+    project.path("knobs.json").write_text("{}")
+    project.path("salt").write_text("a")
+    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    return project

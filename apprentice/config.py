@@ -7,6 +7,7 @@ value by its full name, with what was expected, what came and, for a misspelt ke
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -283,6 +284,10 @@ def _check_together(params: Params) -> None:
     if source.kind == "hub" and not (source.name and source.revision):
         raise ParamsError(
             "ingest.source: kind 'hub' needs `name` (the data set) and `revision` (a commit, so that the data cannot change)"
+        )
+    if source.kind == "hub" and not re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+        raise ParamsError(
+            f"ingest.source.revision: expected a commit (40 hexadecimal digits), for a branch can move; got {source.revision!r}"
         )
     for name in params.ingest.fields:
         _read(Literal["prompt", "response", "answer", "quality", "source"], name, "ingest.fields")

@@ -53,7 +53,7 @@ def respond(
 
 def verdicts(rollout: Rollout, samples: int, checkable: Sequence[bool], verify: Verify) -> list[list[Verdict]]:
     """Per question, whether each of its samples is right; a response cut off by the limit is wrong."""
-    ids, ended = response_ids(rollout), rollout.ended.tolist()
+    ids, ended = rollout.response_ids(), rollout.ended.tolist()
     return [
         [
             (ended[i] and verify(question, ids[i])) if known else None
@@ -82,7 +82,7 @@ def sample_metrics(
         "length": lengths.float().view(-1, samples).mean(1).tolist(),
         "eos_rate": rollout.ended.float().view(-1, samples).mean(1).tolist(),
     }
-    ids = response_ids(rollout)
+    ids = rollout.response_ids()
     columns["distinct_2"] = [distinct(ids[i : i + samples], 2) for i in range(0, len(ids), samples)]
     return [
         {**_correctness(verdict, reward), **{name: values[question] for name, values in columns.items()}}
@@ -111,16 +111,6 @@ def distinct(responses: Sequence[Sequence[int]], n: int) -> float | None:
     """Distinct n-grams over all n-grams of several responses; None when there is none."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
-
-
-def response_ids(rollout: Rollout) -> list[list[int]]:
-    """Token ids of each response, the end token left out where there is one."""
-    ids, lengths, ended = (
-        rollout.batch.responses.tolist(),
-        rollout.batch.response_lengths.tolist(),
-        rollout.ended.tolist(),
-    )
-    return [row[: n - 1 if done else n] for row, n, done in zip(ids, lengths, ended, strict=True)]
 
 
 def held_out_losses(model: PreTrainedModel, batch: Batch, compute: Compute) -> list[float]:

@@ -7,8 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from apprentice.compute import Compute
 from apprentice.masking import check_shape, masked_sum
+from apprentice.policy import score
+from apprentice.tokens import Batch
 
 Span = Literal["sum", "mean", "eos_token"]
 Placement = Literal["eos", "dense"]
@@ -56,7 +60,7 @@ def kl_penalty(logps: Tensor, anchor_logps: Tensor, mask: Tensor, estimator: Lit
     k1 = log pi - log anchor is unbiased and may be negative; k3 = exp(-k1) - 1 + k1 never is.
     """
     k1 = (logps - anchor_logps) * mask
-    return k1 if estimator == "k1" else (k1.neg().exp() - 1 + k1) * mask
+    return k1 if estimator == "k1" else (torch.expm1(-k1) + k1).clamp(min=0)
 
 
 def length_slope(rewards: Tensor, lengths: Tensor) -> float:
@@ -69,6 +73,14 @@ def length_slope(rewards: Tensor, lengths: Tensor) -> float:
 def split_by_class(parts: Tensor, mask: Tensor, classes: Tensor, count: int) -> list[float]:
     """Mean over responses of the reward earned by each of `count` classes of tokens: parts, mask, classes [B, T]."""
     return [float(masked_sum(parts, mask * (classes == kind)).mean()) for kind in range(count)]
+
+
+def sequence_rewards(
+    target: PreTrainedModel, baseline: PreTrainedModel, batch: Batch, compute: Compute, baseline_weight: float = 1.0
+) -> Tensor:
+    """[B] self-rewards of a batch, summed over the response, from the two frozen models."""
+    parts = token_rewards(score(target, batch, compute), score(baseline, batch, compute), batch.mask, baseline_weight)
+    return self_reward(parts, batch.mask)
 
 
 def ranker_reward(first_logits: Tensor, second_logits: Tensor) -> Tensor:

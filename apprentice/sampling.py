@@ -37,6 +37,11 @@ class Rollout:
     logps: Tensor
     ended: Tensor
 
+    def response_ids(self) -> list[list[int]]:
+        """Token ids of each response, the end token left out where there is one."""
+        lengths = (self.batch.response_lengths - self.ended.long()).tolist()
+        return [row[:n] for row, n in zip(self.batch.responses.tolist(), lengths, strict=True)]
+
 
 def uniforms(keys: Tensor, position: int) -> Tensor:
     """[B] int64 row keys to [B] float64 in [0, 1): splitmix64 of key and position, the same on every device."""

@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
@@ -17,7 +16,7 @@ from apprentice.losses import next_token_loss
 from apprentice.optimise import Optimiser, linear_decay
 from apprentice.policy import response_scores, score, weights
 from apprentice.recorder import Recorder, State
-from apprentice.rewards import self_reward, token_rewards
+from apprentice.rewards import sequence_rewards
 from apprentice.sampling import Request, sample
 from apprentice.tokens import Batch
 
@@ -121,11 +120,3 @@ def gate(
     wins = (demonstrated > sampled).float() + 0.5 * (demonstrated == sampled).float()
     shares: list[float] = wins.mean(1).tolist()
     return shares
-
-
-def sequence_rewards(
-    target: PreTrainedModel, baseline: PreTrainedModel, batch: Batch, compute: Compute, baseline_weight: float = 1.0
-) -> torch.Tensor:
-    """[B] self-rewards, summed over the response."""
-    parts = token_rewards(score(target, batch, compute), score(baseline, batch, compute), batch.mask, baseline_weight)
-    return self_reward(parts, batch.mask)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
-from tasks.stage import ROOT
+from tasks.stage import ROOT, StageError
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -115,11 +115,19 @@ def outputs_of(label: str) -> list[Path]:
 
 
 def current_inputs(label: str) -> tuple[str, dict[str, Any]]:
-    """Key and params of a stage as it would run now: its dependencies are hashed afresh (cheap: DVC remembers)."""
+    """Key and params of a stage as it would run now: its dependencies are hashed afresh (cheap: DVC remembers).
+
+    Raises StageError when one of them is not there.
+    """
+    from dvc.exceptions import DvcException
+
     with open_repo() as repo:
         stage = _stage(repo, label)
         for dep in stage.deps:
-            dep.save()
+            try:
+                dep.save()
+            except DvcException as error:
+                raise StageError(f"{error}; `dvc repro {label}` makes what this stage needs first") from error
         return key_of(stage), params_of(stage)
 
 

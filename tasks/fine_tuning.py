@@ -50,8 +50,8 @@ def run_gate(stage: Stage, model, held_out, tokenizer, compute) -> dict[str, flo
         max_new_tokens=2 * int(batch.response_lengths.max()),
         compute=compute,
     )
-    found = {name: round(value, 6) for name, value in mean_interval(shares).items()}
-    stage.say(f"label-free gate {found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
+    found = {name: None if value is None else round(value, 6) for name, value in mean_interval(shares).items()}
+    stage.say("label-free gate " + " ".join(f"{name} {value}" for name, value in found.items()))
     if found["mean"] < 0.5:
         stage.warn(
             "the gate is below one half: this model's self-reward prefers its own samples to held-out demonstrations, so "

@@ -14,7 +14,6 @@ from apprentice.evaluation import (
     frozen_logps,
     held_out_losses,
     respond,
-    response_ids,
     sample_metrics,
     verdicts,
 )
@@ -62,8 +61,8 @@ def measure(
         }
         for row, ok, own, loss in zip(rows, right, figures, losses, strict=True)
     ]
-    texts = decode_responses(tokenizer, response_ids(greedy))
-    first = decode_responses(tokenizer, response_ids(sampled)[:: config.samples])
+    texts = decode_responses(tokenizer, greedy.response_ids())
+    first = decode_responses(tokenizer, sampled.response_ids()[:: config.samples])
     return table, [
         {
             "id": row.id,

@@ -6,10 +6,9 @@ from tasks.stage import Stage, run
 def main(stage: Stage) -> None:
     """Write data/pairs/{candidates,pairs}.jsonl and the figures of the sampler."""
     from apprentice.demonstrations import write_jsonl
-    from apprentice.evaluation import response_ids
     from apprentice.policy import decode_responses
+    from apprentice.rewards import sequence_rewards
     from apprentice.sampling import sample
-    from apprentice.sft import sequence_rewards
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
     from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
 
@@ -30,7 +29,7 @@ def main(stage: Stage) -> None:
     rewards = sequence_rewards(
         models[config.reward_target], models[config.reward_baseline], rollout.batch, compute, config.baseline_weight
     ).tolist()
-    texts, ended = decode_responses(tokenizer, response_ids(rollout)), rollout.ended.tolist()
+    texts, ended = decode_responses(tokenizer, rollout.response_ids()), rollout.ended.tolist()
     candidates = [
         {"prompt": rows[i // config.candidates].prompt, "response": text, "reward": round(reward, 6), "ended": done}
         for i, (text, reward, done) in enumerate(zip(texts, rewards, ended, strict=True))

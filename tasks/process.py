@@ -102,9 +102,9 @@ def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:
             yield line
 
 
-def _stop(children: "Sequence[subprocess.Popen[str]]", steps: Sequence[tuple[signal.Signals, float]] = GRACE) -> None:
+def _stop(children: "Sequence[subprocess.Popen[str]]", steps: Sequence[tuple[signal.Signals, float]] = ()) -> None:
     """Signal whole groups, ever harder, until nothing of them is left; children that ended cleanly are only reaped."""
-    for sign, seconds in steps:
+    for sign, seconds in steps or GRACE:
         groups = [child for child in children if _alive(child)]
         if not groups:
             return

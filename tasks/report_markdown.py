@@ -15,13 +15,15 @@ from tasks.report_metrics import (
     label,
     metric_of,
     place,
+    short_label,
     verdict,
 )
 
 READING = (
-    "Each cell is a mean with its 95% interval; accuracies are in per cent, losses, rewards and KL in nats. "
-    "Prompts are held out. Differences are paired over the same prompts."
+    "Each cell is a mean with its 95% interval over held-out prompts; accuracies are in per cent, losses, rewards and KL in "
+    "nats. Differences are paired over the same prompts."
 )
+SHORT = "In and out: in-domain and out-of-domain; greedy and sampled: accuracy."
 WARNING = (
     " **Warning, below one half: its self-reward prefers its own text to the demonstrations, so raising it cannot help.** "
     "To serve as reward target it needs gentler training (fewer epochs, a lower rate)."
@@ -33,7 +35,7 @@ def document(evidence: Evidence) -> str:
     """The whole of report.md."""
     report = evidence.report
     parts = [
-        f"# Apprentice: report of seed {report['seed']}\n\n{READING}",
+        f"# Apprentice: report of seed {report['seed']}\n\n{READING} {SHORT}",
         f"## Models\n\n{comparison_table(report)}",
         "## What the numbers say\n\n" + _bullets(findings(evidence)),
         f"## Differences\n\nBold: clear of zero.\n\n{difference_table(report)}",
@@ -47,14 +49,18 @@ def document(evidence: Evidence) -> str:
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
     """A markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    rule = ["-" * max(3, len(name)) for name in header]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def comparison_table(report: dict[str, Any]) -> str:
-    """Models by headline metrics: the first table of report.md, also what the flow prints at its end."""
+    """Models by headline metrics: the first table of report.md, in columns, as the flow prints it at its end."""
     keys = headline(report)
-    rows = [[name, *(_entry(key, values) for key in keys)] for name, values in report["models"].items()]
-    return table(["model", *map(label, keys)], rows)
+    rows = [["model", *map(short_label, keys)]]
+    rows += [[name, *(_entry(key, values) for key in keys)] for name, values in report["models"].items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header, *rest = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
+    return table(header, rest)
 
 
 def _entry(key: str, values: dict[str, Any]) -> str:
@@ -69,7 +75,7 @@ def difference_table(report: dict[str, Any]) -> str:
     for model, baseline in dict.fromkeys(pair[:2] for pair in found):
         cells = [found.get((model, baseline, key)) for key in keys]
         rows.append([f"{model} - {baseline}", *(_difference(one) if one else "" for one in cells)])
-    return table(["difference", *map(label, keys)], rows)
+    return table(["difference", *map(short_label, keys)], rows)
 
 
 def _difference(one: dict[str, Any]) -> str:

@@ -142,6 +142,13 @@ def label(key: str) -> str:
     return name if domain == "validation" or "/" not in key else f"{DOMAINS.get(domain, domain)} {name}"
 
 
+def short_label(key: str) -> str:
+    """`in_domain/greedy_accuracy` where there is little room: "in greedy %"."""
+    domain = {"in_domain": "in ", "out_of_domain": "out "}.get(key.split("/")[0], "")
+    unit = " %" if metric_of(key).unit == "%" else ""
+    return domain + metric_of(key).label.removesuffix(" accuracy") + unit
+
+
 def number(key: str, value: float, sign: str = "") -> str:
     """A value as readers see it: shares in per cent; `sign` "+" writes plus as well."""
     metric = metric_of(key)

@@ -121,6 +121,8 @@ class LiveRun(threading.Thread):
         self.status = status
         self.done.set()
         self.join(patience)
+        if self.is_alive():
+            self.warn(f"MLflow does not answer, so the charts of {self.stage} may stop here; `register` will add the rest")
 
 
 def steps_of(client: "MlflowClient", run: "Run") -> set[float]:

@@ -4,6 +4,13 @@ prepare -> base -> sft -> evaluate@base, evaluate@sft -> report -> register
         -> words (no torch, beside base)
 """
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +66,8 @@ if name in ("base", "sft"):
             time.sleep(knobs.get("step_seconds", 0))
 if name == "report":
     models = {m: json.loads((data / f"reports/evaluate/{m}/metrics.json").read_text()) for m in ("base", "sft")}
-    figures = {m: {"validation/held_out_loss": {"mean": v["loss"], "low": v["loss"] - 1, "high": v["loss"] + 1}} for m, v in models.items()}
+    loss = {m: {"mean": v["loss"], "low": v["loss"] - 1, "high": v["loss"] + 1} for m, v in models.items()}
+    figures = {m: {"validation/held_out_loss": value} for m, value in loss.items()}
     (data / "reports/report.json").write_text(json.dumps({"seed": 0, "models": figures, "differences": []}))
     (data / "reports/report.md").write_text("# Report\\n\\n| model | loss |\\n| --- | --- |\\n| sft | 1 |\\n\\nmore\\n")
     (data / "reports/report.html").write_text("<p>report</p>")
@@ -102,11 +110,82 @@ def pipeline() -> dict[str, Any]:
     return {"stages": stages}
 
 
-def make_toy(project: Project) -> Project:
-    """Turn a copy of the project into the toy."""
-    project.path("dvc.yaml").write_text(yaml.safe_dump(pipeline(), sort_keys=False))
-    project.path("worker.py").write_text(WORKER)
-    project.path("knobs.json").write_text("{}")
-    project.path("salt").write_text("a")
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
-    return project
+def make_toy(root: Path) -> Project:
+    """A new toy in an empty folder: our tasks and flows packages around the toy's stages."""
+    for part in (*PARTS, "pyproject.toml"):
+        source, target = ROOT / part, root / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        elif source.is_file():
+            shutil.copy(source, target)
+    toy = Project(root)
+    toy.path("dvc.yaml").write_text(yaml.safe_dump(pipeline(), sort_keys=False))
+    toy.path("worker.py").write_text(WORKER)
+    toy.path("salt").write_text("a")
+    toy.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    knobs(toy)
+    return toy
+
+
+def knobs(toy: Project, **values: Any) -> None:
+    """What the stages do beside their work: fail=[names], hang=[names], step_seconds, real (checkpoints)."""
+    toy.path("knobs.json").write_text(json.dumps(values))
+
+
+def environment(toy: Project, **more: str) -> dict[str, str]:
+    """The environment of a child in the toy: nothing of the stores of this process."""
+    ours = ("DVC_", "MLFLOW_", "PREFECT_", "CUDA_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", "")])
+    return own | {"PYTHONPATH": str(toy.root), "PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true", **more}
+
+
+def run(toy: Project, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND` in the toy; both streams in stdout."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=toy.root,
+        env=environment(toy, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ask(toy: Project, code: str) -> Any:
+    """The JSON that a piece of Python prints as its last line in the toy."""
+    done = run(toy, "-c", code)
+    assert done.returncode == 0, done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def begin(toy: Project, *command: str, **more: str) -> "subprocess.Popen[str]":
+    """Start `python COMMAND` in the toy, in a group of its own, its output in output.txt."""
+    with toy.path("output.txt").open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=toy.root,
+            env=environment(toy, **more),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    """Return when the condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.1)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process lives (a dead one that nobody waited for does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"

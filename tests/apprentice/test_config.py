@@ -46,6 +46,10 @@ def test_a_wrong_entry_is_named(params: Callable[..., Params], key: str, value: 
     ("changes", "message"),
     [
         ({"ingest.source.kind": "hub"}, "needs `name` (the data set) and `revision`"),
+        (
+            {"ingest.source.kind": "hub", "ingest.source.name": "openai/gsm8k", "ingest.source.revision": "main"},
+            "ingest.source.revision: expected a commit (40 hexadecimal digits), for a branch can move; got 'main'",
+        ),
         ({"ingest.validation_share": 0.5, "ingest.evaluation_share": 0.5}, "expected less than 1"),
         ({"pretrain.hidden_size": 97}, "expected a multiple of pretrain.heads (4), got 97"),
         ({"pairs.accepted": 17}, "pairs.accepted: expected at most pairs.candidates (16), got 17"),

@@ -252,8 +252,9 @@ def rso_config(**changes: Any) -> RSOConfig:
     return dataclasses.replace(config, **changes)
 
 
-def pool(prompts: Sequence[Sequence[int]] = ((0,), (1,), (2,), (0, 1), (1, 2), (2, 0), (0, 0, 1), (2, 2), (1, 1, 1))) -> Prompts:
+def pool() -> Prompts:
     """Prompts of the enumerable world; token classes: content and end."""
+    prompts = [[0], [1], [2], [0, 1], [1, 2], [2, 0], [0, 0, 1], [2, 2], [1, 1, 1]]
     keys = ["-".join(map(str, ids)) for ids in prompts]
     return Prompts(prompts, keys, END, torch.tensor([0, 0, 0, 1]), ("content", "eos"))
 

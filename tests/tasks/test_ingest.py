@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 StageOf = Callable[..., Stage]
 ParamsOf = Callable[..., Params]
 SHIPPED = parse(yaml.safe_load((ROOT / "params.yaml").read_text())).ingest
+COMMIT = "cc7b047b6e5bb11b4f1af84efc572db110a51b3c"
 PAIR = {"prompt": "What is 2 + 2?", "response": "4"}
 
 
@@ -259,10 +260,10 @@ def test_hub_is_asked_for_the_pinned_revision(tmp_path: Path, params: ParamsOf, 
         return [{"question": "hi", "answer": "yo"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    names = {"kind": "hub", "name": "openai/gsm8k", "subset": "main", "revision": "cc7b047b", "split": "test"}
+    names = {"kind": "hub", "name": "openai/gsm8k", "subset": "main", "revision": COMMIT, "split": "test"}
     source = params(**{f"ingest.source.{key}": value for key, value in names.items()}).ingest.source
     assert list(read_source(source, tmp_path)) == [Raw(1, {"question": "hi", "answer": "yo"})]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": "cc7b047b"})]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": COMMIT})]
 
 
 def test_world_tables_are_written(stage_of: StageOf) -> None:

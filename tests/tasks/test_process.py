@@ -1,0 +1,85 @@
+"""Children in groups of their own: lines, exit codes, and nothing left behind."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks import process
+from tests.toy import runs, wait_for
+
+STUBBORN = (
+    "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+)
+
+
+@pytest.fixture(autouse=True)
+def _started_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    quick = ((signal.SIGINT, 1.0), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))
+    monkeypatch.setattr(process, "GRACE", quick)
+    process.allow()
+    yield
+    process.allow()
+
+
+def run(code: str, folder: Path, said: list[str]) -> int:
+    return process.run([sys.executable, "-c", code], folder, dict(os.environ), said.append)
+
+
+def test_lines_come_as_they_are_printed_and_the_code_is_returned(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert run("import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)", tmp_path, said) == 3
+    assert said == ["one", "two"]
+
+
+def test_what_a_child_leaves_running_in_its_group_is_ended(tmp_path: Path) -> None:
+    code = "import subprocess; p = subprocess.Popen(['sleep', '300']); print(p.pid)"
+    said: list[str] = []
+    assert run(code, tmp_path, said) == 0
+    assert not runs(int(said[0]))
+
+
+def stop_while_running(code: str, folder: Path) -> tuple[list[str], list[BaseException]]:
+    said: list[str] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(code, folder, said)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for(lambda: said)
+    process.stop_all()
+    thread.join(20)
+    assert not thread.is_alive()
+    return said, raised
+
+
+def test_stop_all_ends_a_child_that_ignores_ctrl_c_and_its_own_child(tmp_path: Path) -> None:
+    code = (
+        f"import subprocess, sys; {STUBBORN}; p = subprocess.Popen([sys.executable, '-c', '''{STUBBORN}; time.sleep(300)''']);"
+    )
+    said, raised = stop_while_running(code + "print(p.pid, os.getpid()); time.sleep(300)", tmp_path)
+    assert [runs(int(pid)) for pid in said[0].split()] == [False, False]
+    assert isinstance(raised[0], process.Stopped)
+
+
+def test_a_child_told_to_stop_may_end_in_its_own_way(tmp_path: Path) -> None:
+    code = "import time\ntry:\n print('up')\n time.sleep(300)\nexcept KeyboardInterrupt:\n open('saved', 'w')"
+    stop_while_running(code, tmp_path)
+    assert (tmp_path / "saved").exists()
+
+
+def test_nothing_starts_after_stop_all_until_it_is_allowed(tmp_path: Path) -> None:
+    process.stop_all()
+    with pytest.raises(process.Stopped):
+        run("print('ran')", tmp_path, [])
+    process.allow()
+    assert run("print('ran')", tmp_path, []) == 0

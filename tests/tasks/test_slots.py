@@ -1,0 +1,63 @@
+"""Places for torch stages."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from apprentice.config import Params
+from tasks import process, slots
+
+
+def test_as_many_places_as_cores_over_threads_and_at_least_one(
+    params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "cuda_devices", list)
+    for cores, threads, expected in ((8, 2, 4), (9, 2, 4), (2, 4, 1)):
+        monkeypatch.setattr(slots, "cores", lambda cores=cores: cores)
+        assert len(slots.slots_of(params(**{"compute.threads": threads})).places) == expected
+
+
+def test_one_place_for_each_gpu_with_its_device(params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert slots.slots_of(params()).places == [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    three = slots.slots_of(params(**{"runtime.parallel_stages": 3})).places
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in three] == ["2", "5", "2"]
+    assert slots.slots_of(params(**{"compute.device": "cpu", "runtime.parallel_stages": 2})).places == [{}, {}]
+
+
+def test_hidden_gpus_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert slots.cuda_devices() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert slots.cuda_devices() == []
+
+
+def test_a_torch_stage_waits_until_a_place_is_free_and_others_do_not() -> None:
+    one, said, entered = slots.Slots([{"CUDA_VISIBLE_DEVICES": "0"}]), [], threading.Event()
+
+    def second() -> None:
+        with one.take(True, said.append):
+            entered.set()
+
+    with one.take(True, said.append) as place:
+        assert place == {"CUDA_VISIBLE_DEVICES": "0"} and said == []
+        with one.take(False, said.append) as none:
+            assert none == {}
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(0.5)
+    assert entered.wait(5)
+    assert "waiting for a place" in said[0]
+    thread.join()
+
+
+def test_waiting_ends_when_everything_is_stopped() -> None:
+    one = slots.Slots([{}])
+    with one.take(True, print):
+        process.stop_all()
+        try:
+            with pytest.raises(process.Stopped), one.take(True, print):
+                pass
+        finally:
+            process.allow()

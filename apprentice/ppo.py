@@ -72,17 +72,18 @@ class SelfRewardingPPO:
         self.policy_optimiser = Optimiser(policy.parameters(), config.learning_rate, config.max_grad_norm)
         self.critic_optimiser = Optimiser(self.critic.parameters(), config.critic_learning_rate, config.max_grad_norm)
         self.value_scale: float | None = None
-        self.iteration = 0
+        self.iteration, self.kl_to_anchor = 0, 0.0
 
     def train(self, recorder: Recorder) -> dict[str, Any]:
-        """Run to the last iteration or until the KL stop; returns the last row and why it stopped."""
+        """Run to the last iteration or until the KL stop; returns how far it came, why it stopped and the last KL."""
         if saved := recorder.resume():
             self.restore(saved)
         stopped = "iterations"
         while self.iteration < self.config.iterations:
             rollout = self.sample()
             row, experience = self.evaluate(rollout)
-            if self.config.kl_stop is not None and row["kl_to_anchor"] > self.config.kl_stop:
+            self.kl_to_anchor = row["kl_to_anchor"]
+            if self.config.kl_stop is not None and self.kl_to_anchor > self.config.kl_stop:
                 stopped = "kl_stop"
                 break
             if row["reward_std"] < self.config.reward_std_floor:
@@ -93,7 +94,7 @@ class SelfRewardingPPO:
             row |= self.update(experience)
             self.iteration += 1
             recorder.step(self.iteration, self.config.iterations, row, self.state)
-        return {"iterations": self.iteration, "stopped_by": stopped, "kl_to_anchor": row["kl_to_anchor"]}
+        return {"iterations": self.iteration, "stopped_by": stopped, "kl_to_anchor": self.kl_to_anchor}
 
     def sample(self) -> Rollout:
         """Draw prompts from the pool and one response to each from the policy."""
@@ -215,6 +216,7 @@ class SelfRewardingPPO:
             "critic_optimiser": self.critic_optimiser.state(),
             "value_scale": self.value_scale,
             "iteration": self.iteration,
+            "kl_to_anchor": self.kl_to_anchor,
         }
 
     def restore(self, state: State) -> None:
@@ -223,4 +225,5 @@ class SelfRewardingPPO:
         self.critic.load_state_dict(state["critic"], strict=False)
         self.policy_optimiser.restore(state["policy_optimiser"])
         self.critic_optimiser.restore(state["critic_optimiser"])
-        self.value_scale, self.iteration = state["value_scale"], state["iteration"]
+        self.value_scale = state["value_scale"]
+        self.iteration, self.kl_to_anchor = state["iteration"], state["kl_to_anchor"]

@@ -75,7 +75,6 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp(max=logits.size(-1) - 1)
 
 
-@torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     requests: Sequence[Request],
@@ -107,6 +106,7 @@ def sample(
     return Rollout(batch.to(device), padded.to(device), ended.to(device))
 
 
+@torch.inference_mode()  # here and not around `sample`, so that a rollout can be trained on
 def _decode(
     model: PreTrainedModel,
     requests: list[Request],

@@ -20,6 +20,8 @@ from apprentice.rewards import sequence_rewards
 from apprentice.sampling import Request, sample
 from apprentice.tokens import Batch
 
+_TIE = 1e-3  # nats; the same response scored in another batch differs by roundings
+
 
 def fine_tune(
     model: PreTrainedModel,
@@ -117,6 +119,7 @@ def gate(
     own = sample(policy, requests, seed=f"{seed}/gate", end=end, max_new_tokens=max_new_tokens, compute=compute).batch
     demonstrated = sequence_rewards(policy, base, held_out, compute)[:, None]
     sampled = sequence_rewards(policy, base, own, compute).view(-1, samples)
-    wins = (demonstrated > sampled).float() + 0.5 * (demonstrated == sampled).float()
+    gap = demonstrated - sampled
+    wins = (gap > _TIE).float() + 0.5 * (gap.abs() <= _TIE).float()
     shares: list[float] = wins.mean(1).tolist()
     return shares

@@ -19,6 +19,8 @@ from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
+# Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class StageError(RuntimeError):

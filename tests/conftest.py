@@ -54,10 +54,8 @@ class Project:
         return subprocess.run([sys.executable, *command], cwd=self.root, env=own, capture_output=True, text=True)
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    """A fresh copy of the project in a temporary folder."""
-    root = tmp_path / "project"
+def copy_project(root: Path) -> Project:
+    """Copy the project's tracked files to a folder."""
     for part in PARTS:
         source, target = ROOT / part, root / part
         if not source.exists():
@@ -68,6 +66,12 @@ def project(tmp_path: Path) -> Project:
         else:
             shutil.copy(source, target)
     return Project(root)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A fresh copy of the project in a temporary folder."""
+    return copy_project(tmp_path / "project")
 
 
 @pytest.fixture

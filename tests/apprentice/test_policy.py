@@ -155,7 +155,7 @@ def test_a_value_is_read_before_its_token_is_produced() -> None:
         moved = (critic(collate([prompt], [changed], 0))[0] - plain).abs() > 1e-6
         assert moved.tolist() == [later > t for later in range(4)]
     hidden = critic.trunk(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
-    assert float(plain[0]) == pytest.approx(float(critic.head(hidden)), abs=1e-6)
+    assert float(plain[0].detach()) == pytest.approx(float(critic.head(hidden).detach()), abs=1e-5)
 
 
 def test_values_do_not_depend_on_batch_mates_and_are_zero_in_the_padding() -> None:
@@ -195,7 +195,7 @@ def test_a_saved_policy_is_whole_and_alone(saved: Path) -> None:
 
 
 def test_G6_equal_weights_have_equal_hashes(saved: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(saved)
+    tokenizer = train_word_tokenizer(["a b c"], 10)
     for seed, equal in ((0, True), (1, False)):
         folder = tmp_path / f"again{seed}"
         save_policy(tiny_llama(seed, len(tokenizer), eos_token_id=tokenizer.eos_token_id), tokenizer, folder, "# A card\n")

@@ -1,5 +1,7 @@
 """The self-reward: its properties in expectation, and where it is paid."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apprentice.advantages import gae
+from apprentice.compute import CPU
 from apprentice.masking import length_mask
+from apprentice.policy import freeze
 from apprentice.rewards import (
     kl_penalty,
     last_token,
@@ -15,10 +19,11 @@ from apprentice.rewards import (
     place,
     ranker_reward,
     self_reward,
+    sequence_rewards,
     split_by_class,
     token_rewards,
 )
-from tests.apprentice.toys import VOCAB, Tabular
+from tests.apprentice.toys import VOCAB, Tabular, demonstrations, naive_logps, tiny_llama
 
 MASK = length_mask(torch.tensor([1, 2, 4, 3]), 4).double()
 PARTS = torch.tensor([[5.0, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4], [1, 1, 4, 9]]).double() * MASK
@@ -158,6 +163,17 @@ def test_split_by_class_by_hand() -> None:
     shares = split_by_class(PARTS, MASK, classes, 3)
     assert shares == pytest.approx([(24 - 5) / 4, 5 / 4, 0.0])
     assert sum(shares) == pytest.approx(float(self_reward(PARTS, MASK).mean()))
+
+
+def test_sequence_rewards_match_a_loop() -> None:
+    sft, base = freeze(tiny_llama(0)), freeze(tiny_llama(1))
+    batch = demonstrations(6, seed=1)
+    found = sequence_rewards(sft, base, batch, CPU, baseline_weight=0.5).tolist()
+    for row, (ids, n) in enumerate(zip(batch.ids.tolist(), batch.lengths(), strict=True)):
+        p = int(batch.prompt_lengths[row])
+        target, baseline = (sum(naive_logps(model, ids[:p], ids[p:n])) for model in (sft, base))
+        assert found[row] == pytest.approx(target - 0.5 * baseline, abs=1e-4)
+    assert (sequence_rewards(sft, copy.deepcopy(sft), batch, CPU) == 0).all()
 
 
 def both_orders(response: Tensor, baseline: Tensor, bias: float) -> tuple[Tensor, Tensor]:

@@ -185,6 +185,19 @@ def test_the_limit_leaves_a_response_unended() -> None:
         assert texts(rollout) == [[1, 2, END][:limit]]
 
 
+def test_response_ids_leave_the_end_token_out(model: LlamaForCausalLM) -> None:
+    rollout = run(model, requests(40), limit=4)
+    assert 0 < int(rollout.ended.sum()) < 40
+    for whole, ids, done in zip(texts(rollout), rollout.response_ids(), rollout.ended.tolist(), strict=True):
+        assert ids == (whole[:-1] if done else whole)
+
+
+def test_a_rollout_can_be_trained_on(model: LlamaForCausalLM) -> None:
+    rollout = run(model, requests(4))
+    assert not rollout.batch.ids.is_inference()
+    assert not rollout.logps.is_inference()
+
+
 def test_no_request_is_an_error(model: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="at least one request"):
         run(model, [])

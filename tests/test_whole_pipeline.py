@@ -1,0 +1,147 @@
+"""The whole pipeline once, at the size of the smoke preset, through the real flow, in a project and stores of its own."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from apprentice.demonstrations import read_jsonl
+from tasks.preset import apply
+from tests.conftest import Project, copy_project
+
+pytestmark = pytest.mark.slow
+MODELS = ["base", "sft", "sft_tuned", "srppo", "rso"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, subprocess.CompletedProcess[str]]]:
+    """The project after `python -m flows.align`, with what the command printed."""
+    project = copy_project(tmp_path_factory.mktemp("whole") / "project")
+    apply("smoke", project.root)
+    (project.root / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    yield project, project.run("-m", "flows.align", **own_stores(project))
+
+
+def own_stores(project: Project) -> dict[str, str]:
+    """No server or store of the user's is ever met."""
+    return {
+        "PREFECT_HOME": str(project.root / ".prefect"),
+        "PREFECT_API_URL": "",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
+def dvc(project: Project, *words: str) -> subprocess.CompletedProcess[str]:
+    done = project.run("-m", "dvc", *words, **own_stores(project))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_the_flow_ends_well_and_says_where_to_look(built: Any) -> None:
+    _, done = built
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert all(f"| {model} " in done.stdout for model in MODELS)
+    assert "data/reports/report.html" in done.stdout and "make ui" in done.stdout
+
+
+def test_the_report_has_its_form(built: Any) -> None:
+    report = json.loads((built[0].root / "data/reports/report.json").read_text())
+    assert report.keys() == {"seed", "models", "differences"} and list(report["models"]) == MODELS
+    for figures in report["models"].values():
+        for domain in ("in_domain", "out_of_domain", "long"):
+            for metric in ("greedy_accuracy", "sampled_accuracy", "pass_at_2", "self_reward", "kl_to_sft", "kl_to_base"):
+                assert figures[f"{domain}/{metric}"].keys() == {"mean", "low", "high"}
+        assert figures["validation/held_out_loss"]["mean"] > 0
+    assert report["models"]["sft"]["in_domain/kl_to_sft"]["mean"] == 0  # exactly: the same weights, scored alike
+    pairs = {(d["model"], d["baseline"]) for d in report["differences"]}
+    assert pairs == {(model, baseline) for model in MODELS for baseline in ("sft", "sft_tuned") if model != baseline}
+
+
+def test_no_held_out_prompt_is_in_any_training_table(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import pretrain, stage
+
+    root = built[0].root
+    tables = {path.stem: read_jsonl(path) for path in (root / "data/clean").glob("*.jsonl")}
+    held_out = {row["prompt"] for name in ("validation", "evaluation") for row in tables[name]}
+    seen = {row["prompt"] for name in ("demonstrations", "prompts") for row in tables[name]}
+    seen |= {row["prompt"] for row in read_jsonl(root / "data/pairs/pairs.jsonl")}
+    assert held_out and seen and not held_out & seen
+    monkeypatch.setattr(stage, "ROOT", root)
+    made = pretrain.documents(stage.Stage("pretrain", stage.read_params(root / "params.yaml")))
+    rng = random.Random(0)
+    corpus = [made(rng) for _ in range(5000)]
+    assert not held_out & {prompt for prompt, _ in corpus}
+    assert not any(prompt in response for _, response in corpus[:500] for prompt in held_out)
+
+
+def test_versions_are_registered_and_generate(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own_stores(built[0])["MLFLOW_TRACKING_URI"])
+    mlflow.set_tracking_uri(own_stores(built[0])["MLFLOW_TRACKING_URI"])
+    client = mlflow.MlflowClient()
+    aliases = client.get_registered_model("apprentice").aliases
+    assert aliases.keys() == {*MODELS, "champion"}
+    pipeline = mlflow.transformers.load_model("models:/apprentice@srppo")
+    text = pipeline([{"role": "user", "content": "total of 2 3 ?"}], max_new_tokens=4, do_sample=False)
+    assert text[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_a_second_repro_runs_nothing_even_without_bytecode(built: Any) -> None:
+    project = built[0]
+    before = {path: path.stat().st_mtime_ns for path in (project.root / "data").rglob("*") if path.is_file()}
+    for cache in list(project.root.rglob("__pycache__")):
+        shutil.rmtree(cache)
+    assert "Data and pipelines are up to date." in dvc(project, "repro").stdout
+    assert "Running stage" not in dvc(project, "repro", "pipelines.dvc").stdout
+    assert "up to date" in dvc(project, "status").stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (project.root / "data").rglob("*") if path.is_file()}
+
+
+def test_push_and_pull_bring_everything_back(built: Any, tmp_path: Path) -> None:
+    project = built[0]
+    dvc(project, "remote", "add", "--local", "-d", "box", str(tmp_path / "remote"))
+    dvc(project, "push")
+    elsewhere = Project(tmp_path / "elsewhere")
+    ignored = shutil.ignore_patterns("data", "cache", "tmp", ".prefect", ".resume", "mlruns", "mlflow.db*")
+    shutil.copytree(project.root, elsewhere.root, ignore=ignored)
+    shutil.copytree(project.root / "data/raw", elsewhere.root / "data/raw")
+    dvc(elsewhere, "pull")
+    assert "up to date" in dvc(elsewhere, "status").stdout
+    for name in ("data/reports/report.html", "data/models/srppo/model.safetensors"):
+        assert (elsewhere.root / name).read_bytes() == (project.root / name).read_bytes()
+
+
+def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(built: Any) -> None:
+    """kill -9 in the middle of SRPPO; the same command again."""
+    project = built[0]
+    params = project.root / "params.yaml"
+    raw = yaml.safe_load(params.read_text())
+    raw["runtime"]["checkpoint_seconds"] = 0  # a snapshot after each step; makes no stage stale
+    params.write_text(yaml.safe_dump(raw, sort_keys=False))
+    weights = project.root / "data/models/srppo/model.safetensors"
+    undisturbed, lock = weights.read_bytes(), (project.root / "dvc.lock").read_bytes()
+    environment = {**os.environ, **own_stores(project), "PYTHONPATH": str(project.root)}
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", "srppo"]
+    child = subprocess.Popen(command, cwd=project.root, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    folder, deadline = project.root / ".resume" / "srppo", time.monotonic() + 120
+    while not list(folder.glob("*/last")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(child.pid, 9)
+    child.wait()
+    assert list(folder.glob("*/last")) and not weights.exists()
+    done = dvc(project, "repro", "--single-item", "--force", "srppo")
+    assert "continuing after step" in done.stdout
+    assert weights.read_bytes() == undisturbed and not list(folder.glob("*/last"))
+    assert (project.root / "dvc.lock").read_bytes() == lock
+    assert "up to date" in dvc(project, "status").stdout

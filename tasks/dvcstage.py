@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 MACHINERY = re.compile(r"^ERROR: .*(unable to acquire lock|is busy|database is locked|resource temporarily)", re.I)
-CHATTER = ("Updating lock file", "Generating lock file", "Use `dvc push`", "To track the changes")
+CHATTER = (  # DVC's advice after every stage
+    "Updating lock file",
+    "Generating lock file",
+    "Use `dvc push`",
+    "To track the changes",
+    "To enable auto staging",
+    "git add ",
+    "dvc config core.autostage",
+)
 OWN_FAULT = "failed to run:"  # DVC's words when the stage's own command failed
 _dvc = threading.RLock()  # DVC's objects are not meant for threads; one at a time in this process
 
@@ -86,7 +94,7 @@ def repro(name: str, say: Callable[[str], None], force: bool = False, place: dic
 
     def hear(line: str) -> None:
         lines.append(line)
-        if not line.startswith(CHATTER):
+        if not line.strip().startswith(CHATTER):
             say(line)
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # `python` of dvc.yaml

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.stage import PipelineStage
 
+TABLES = ("data/clean", "data/pairs", "data/raw")
+
 
 @dataclass(frozen=True)
 class LockedOut:
@@ -40,7 +42,8 @@ class LockedOut:
 class LockedStage:
     """One stage as last recorded: what went in, what came out.
 
-    `key` hashes its command, params and inputs (dvcstage.key_of); `stale` says that it was made from other outputs than the
+    `key` hashes its command, params and inputs (dvcstage.key_of); `tables` are the hashes of the data it read, models and
+    reports left out; `stale` says that it was made from other outputs than the
     stages before it have now.
     """
 
@@ -49,6 +52,7 @@ class LockedStage:
     meta: dict[str, Any]
     key: str
     params: dict[str, Any]
+    tables: dict[str, str]
     outs: tuple[LockedOut, ...]
     stale: bool
 
@@ -101,6 +105,7 @@ def _read(stage: "PipelineStage", made: dict[str, str]) -> LockedStage:
         stage.meta or {},
         key_of(stage),
         params_of(stage),
+        {dep.def_path: dep.hash_info.value for dep in stage.deps if dep.def_path.startswith(TABLES)},
         tuple(LockedOut(out.def_path, out.hash_info.value, bool(out.metric), _files(out)) for out in stage.outs),
         any(_outdated(dep, made) for dep in stage.deps),
     )

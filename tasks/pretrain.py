@@ -12,6 +12,7 @@ def main(stage: Stage) -> None:
     compute = compute_of(stage)
     if stage.config.checkpoint:
         return pin(stage)
+    corpus = documents(stage)
     tokenizer = tokenizer_of(stage, "tokenizer")
     model = build_base(stage.config, tokenizer, stage.params.seed)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -20,7 +21,7 @@ def main(stage: Stage) -> None:
     pretrain(
         model,
         tokenizer,
-        documents(stage),
+        corpus,
         stage.config,
         seed=stage.params.seed,
         compute=compute,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tasks.flavor import write_model
 from tasks.locked import LockedOut, LockedStage
-from tasks.runs import Runs, digest
+from tasks.runs import Runs, digest, means_of
 from tasks.store import BATCH, flat
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Registry:
 
     def make(self, stage: LockedStage, out: LockedOut, run: "Run") -> "ModelVersion":
         """A new version of this checkpoint."""
-        from mlflow.entities import LoggedModelStatus
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         method, run_id = stage.meta["register"], run.info.run_id
         tags = {"method": method, "dvc.stage": stage.name, "dvc.md5": out.md5, "params_md5": digest(stage.params)}
@@ -57,6 +57,7 @@ class Registry:
         params = {key: str(value)[:250] for key, value in flat(stage.params, ".").items()}
         model = self.client.create_logged_model(self.runs.group, name, run_id, tags, params)
         write_model(self.client, model, out, run_id)
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         version = self.client.create_model_version(
             self.model,
@@ -70,17 +71,21 @@ class Registry:
         self.client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(shown)})
         return version
 
-    def describe(self, version: "ModelVersion", stage: LockedStage, metrics: dict[str, float], run: "Run") -> None:
-        """Give a version these metrics (its run and its model too) and the tags of its present params, for those it had."""
-        self.runs.set_metrics(run.info.run_id, metrics)
+    def describe(self, version: "ModelVersion", stage: LockedStage, sources: "list[tuple[Run, dict[str, float]]]") -> None:
+        """Replace a version's metrics and its tags about them.
+
+        `sources` are runs with the figures each found: first the run that made the checkpoint, which gets the means of all.
+        """
+        metrics = {key: value for _run, figures in sources for key, value in figures.items()}
+        self.runs.set_metrics(sources[0][0].info.run_id, means_of(metrics))
         model = self.client.get_logged_model(model_id_of(version))
         if {metric.key: metric.value for metric in model.metrics or []} != metrics:
-            self._replace_metrics(model.model_id, run.info.run_id, metrics)
+            self._replace_metrics(model.model_id, sources)
         for key, value in {"params_md5": digest(stage.params), "metrics_md5": digest(metrics)}.items():
             if version.tags.get(key) != value:
                 self.client.set_model_version_tag(self.model, version.version, key, value)
 
-    def _replace_metrics(self, model_id: str, run_id: str, metrics: dict[str, float]) -> None:
+    def _replace_metrics(self, model_id: str, sources: "list[tuple[Run, dict[str, float]]]") -> None:
         """Log a model's metrics anew.
 
         MLflow can only add. Where the store is a database the old ones go by SQL; on a server they stay, older than the new.
@@ -94,9 +99,11 @@ class Registry:
             with store.ManagedSessionMaker() as session:
                 session.query(SqlLoggedModelMetric).filter(SqlLoggedModelMetric.model_id == model_id).delete()
         now = get_current_time_millis()
-        logged = [Metric(key, value, now, 0, model_id=model_id, run_id=run_id) for key, value in metrics.items()]
-        for start in range(0, len(logged), BATCH):
-            self.client.log_batch(run_id, logged[start : start + BATCH])
+        for run, figures in sources:
+            run_id = run.info.run_id
+            logged = [Metric(key, value, now, 0, model_id=model_id, run_id=run_id) for key, value in figures.items()]
+            for start in range(0, len(logged), BATCH):
+                self.client.log_batch(run_id, logged[start : start + BATCH])
 
     def aliases(self) -> dict[str, str]:
         """Alias to version."""

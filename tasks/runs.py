@@ -13,7 +13,7 @@ from tasks.tracking import log_rows, missing_rows, read_history
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 
 class Runs:
@@ -50,6 +50,7 @@ class Runs:
         run_id = run.info.run_id
         if not run.data.params:
             log_params(self.client, run_id, stage.params)
+        self.client.log_inputs(run_id, _datasets(stage))
         log_rows(self.client, run_id, rows, (execution.began, execution.ended) if execution else None)
         self.set_metrics(run_id, figures_of(stage) | (execution.figures() if execution else {}))
         for out in stage.outs:
@@ -57,7 +58,7 @@ class Runs:
                 self.client.log_text(run_id, out.only_file().read_text(encoding="utf-8"), Path(out.path).name)
         for key, value in {**self.origin, **(execution.tags() if execution else {})}.items():
             self.client.set_tag(run_id, key, value)
-        end = int(1000 * execution.ended) if execution else run.info.end_time
+        end = run.info.end_time or (int(1000 * execution.ended) if execution else None)
         self.client.set_terminated(run_id, "FINISHED", end)
         self.client.set_tag(run_id, "dvc.md5", md5)
         return self.client.get_run(run_id)
@@ -73,6 +74,17 @@ class Runs:
             self.client.log_batch(run_id, metrics[start : start + BATCH])
 
 
+def _datasets(stage: LockedStage) -> "list[DatasetInput]":
+    """The tables a stage read, under DVC's own hashes."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    used = [InputTag("mlflow.data.context", "training" if stage.model else "input")]
+    return [
+        DatasetInput(Dataset(path, md5, "dvc", json.dumps({"path": path, "md5": md5})), used)
+        for path, md5 in stage.tables.items()
+    ]
+
+
 def _execution(stage: LockedStage) -> Execution | None:
     kept = stage.metrics or stage.outs[0]
     path = next(iter((kept.files or {}).values()), None)
@@ -80,9 +92,15 @@ def _execution(stage: LockedStage) -> Execution | None:
 
 
 def figures_of(stage: LockedStage) -> dict[str, float]:
-    """A stage's own metrics; of the report those of its models."""
+    """A stage's own metrics; of the report the means of its models."""
     values = stage.metrics.json() if stage.metrics else {}
-    return numbers(values.get("models", values))
+    return means_of(numbers({"report": values["models"]} if "models" in values else values))
+
+
+def means_of(figures: dict[str, float]) -> dict[str, float]:
+    """Figures without the bounds of their intervals: a run draws a chart for each, a model's page lists them all."""
+    bounds = {f"{key}{end}" for key in figures for end in ("_low", "_high")}
+    return {key: value for key, value in figures.items() if key not in bounds}
 
 
 def digest(value: Any) -> str:

@@ -5,6 +5,7 @@ same prompts and pooled over seeds, and those of each seed. Nothing is computed 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ def run_seed(seed: int) -> str:
     """Bring the pipeline of one seed up to date as an experiment; returns its name."""
     name = f"seed-{seed}"
     command = ["exp", "run", "--temp", "--force", "--name", name, "--set-param", f"seed={seed}"]
-    subprocess.run([sys.executable, "-m", "dvc", *command], cwd=ROOT, check=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `python` of dvc.yaml
+    subprocess.run([sys.executable, "-m", "dvc", *command], cwd=ROOT, check=True, env={**os.environ, "PATH": path})
     return name
 
 
@@ -70,7 +72,8 @@ def study(seeds: dict[int, dict[str, Values]], baselines: list[str]) -> dict[str
 def table(result: dict[str, Any]) -> str:
     """The headline differences as Markdown: pooled with 95% interval, then each seed."""
     lines = [
-        f"`{result['command']}`: differences paired over the same prompts, pooled over seeds, 95% intervals; in brackets each seed.",
+        f"`{result['command']}`: differences paired over the same prompts, pooled over seeds, with 95% intervals; in brackets "
+        "each seed.",
         "",
         "| model | against | " + " | ".join(SHOWN) + " |",
         "| --- | --- |" + " --- |" * len(SHOWN),

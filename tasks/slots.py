@@ -8,12 +8,14 @@ import os
 import queue
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from apprentice.config import Params
 from tasks.process import Stopped, stopping
 
+PATIENCE = 3.0  # seconds to wait for a place before saying so
 Place = dict[str, str]  # environment variables of a stage in this place
 
 
@@ -32,16 +34,16 @@ class Slots:
         if not torch:
             yield {}
             return
-        if self._free.empty():
-            say(f"waiting for a place: {len(self.places)} torch stage(s) at a time (runtime.parallel_stages)")
-        place = None
+        place, asked, told = None, time.monotonic(), False
         while place is None:
             if stopping():
                 raise Stopped("while waiting for a place")
             try:
                 place = self._free.get(timeout=0.2)
             except queue.Empty:
-                continue
+                if not told and time.monotonic() - asked > PATIENCE:
+                    say(f"waiting for a place: {len(self.places)} torch stage(s) at a time (runtime.parallel_stages)")
+                    told = True
         try:
             yield place
         finally:

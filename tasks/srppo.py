@@ -1,6 +1,6 @@
 """Self-Rewarding PPO from the SFT model on the unlabelled pool: reward log pi_sft - log pi_base."""
 
-from tasks.stage import Stage, run
+from tasks.stage import Stage, StageError, run
 
 
 def main(stage: Stage) -> None:
@@ -27,6 +27,11 @@ def main(stage: Stage) -> None:
         policy, scorers_of(stage, roles, compute), prompts, config, seed=stage.params.seed, compute=compute
     )
     result = trainer.train(StageRecorder(stage, "reward", "kl_to_anchor", "length", "eos_rate", "entropy"))
+    if not result["iterations"]:
+        raise StageError(
+            f"srppo.kl_stop: the SFT model is {result['kl_to_anchor']:.3g} nats per response from the KL anchor "
+            f"{config.kl_anchor!r} before the first step, above {config.kl_stop}; raise it, or take `sft` as the anchor"
+        )
     stage.say(f"stopped by {result['stopped_by']} after {result['iterations']} iterations")
     metrics = {name: round(v, 6) if isinstance(v, float) else v for name, v in result.items()}
     stage.metrics(metrics)

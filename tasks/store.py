@@ -4,12 +4,14 @@ import fcntl
 import logging
 import os
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.stage import stores_root
+from tasks.stage import StageError, stores_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's UI shows its pages for agents
 BATCH = 1000  # metrics MLflow takes at once
 _opening = threading.Lock()
+
+
+class StoreError(StageError):
+    """MLflow's server cannot be reached; the message says where it was sought."""
 
 
 def store_uri() -> str:
@@ -45,6 +51,7 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = store_uri()
+    _check_answers(uri)
     with _opening, alone("mlflow"):
         client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
         found = client.get_experiment_by_name(experiment)
@@ -53,6 +60,18 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
         if found.lifecycle_stage != "active":
             client.restore_experiment(found.experiment_id)
     return client, str(found.experiment_id)
+
+
+def _check_answers(uri: str) -> None:
+    """Raise at once when a server is named that is not there; MLflow itself would try for minutes."""
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(uri, timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers, be it with "not allowed"
+    except OSError as error:
+        raise StoreError(f"MLflow does not answer at {uri} (MLFLOW_TRACKING_URI): {error}") from error
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SLACK = 2.0  # seconds by which a file's time may lie outside the execution that wrote it
+EARLY, LATE = 2.0, 60.0  # seconds by which a file's time may lie outside the execution: DVC copies it after the end
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Execution:
 
 
 def execution_of(root: Path, label: str, written: float) -> Execution | None:
-    """The last execution during which a file of that modification time can have been written; None for a pulled file."""
+    """The last execution that can have written a file of that modification time; None for a file pulled later."""
     path = root / ".telemetry" / f"{label}.jsonl"
     events: list[dict[str, Any]] = []
     found = None
@@ -48,6 +48,6 @@ def execution_of(root: Path, label: str, written: float) -> Execution | None:
         except ValueError:  # a line cut short by a crash
             continue
         events = [event] if event.get("event") == "started" else [*events, event]
-        if event.get("event") == "finished" and events[0]["time"] - SLACK <= written <= event["time"] + SLACK:
+        if event.get("event") == "finished" and events[0]["time"] - EARLY <= written <= event["time"] + LATE:
             found = Execution(tuple(events))
     return found

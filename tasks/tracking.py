@@ -42,14 +42,14 @@ def read_history(path: Path) -> list[dict[str, float]]:
 def log_rows(
     client: "MlflowClient", run_id: str, rows: list[dict[str, float]], span: tuple[float, float] | None = None
 ) -> None:
-    """Log rows as step metrics `training/<column>`; `span` gives the times (s) of the first and the last one."""
+    """Log rows as step metrics `curve/<column>` (a name that comes first); `span` is when they came, in seconds."""
     from mlflow.entities import Metric
 
     begin, end = span or (time.time(), time.time())
     metrics = []
     for i, row in enumerate(rows):
         at = int(1000 * (begin + (end - begin) * (i + 1) / len(rows)))
-        values = {f"training/{key}": value for key, value in row.items() if key != "step"}
+        values = {f"curve/{key}": value for key, value in row.items() if key != "step"}
         metrics += [Metric(key, value, at, int(row["step"])) for key, value in values.items() if abs(value) < float("inf")]
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics[start : start + BATCH])
@@ -60,7 +60,7 @@ def missing_rows(client: "MlflowClient", run_id: str, rows: list[dict[str, float
     column = next((key for row in rows[:1] for key in row if key != "step"), None)
     if column is None:
         return rows
-    logged = {metric.step: metric.value for metric in client.get_metric_history(run_id, f"training/{column}")}
+    logged = {metric.step: metric.value for metric in client.get_metric_history(run_id, f"curve/{column}")}
     if any(logged.get(row["step"], row.get(column)) != row.get(column) for row in rows):
         return None
     return [row for row in rows if row["step"] not in logged]
@@ -72,7 +72,7 @@ class LiveRun(threading.Thread):
     def __init__(self, stage: str, history: Path, warn: Callable[[str], None]) -> None:
         super().__init__(daemon=True, name=f"tracking {stage}")
         self.stage, self.history, self.warn = stage, history, warn
-        self.status = "FINISHED"
+        self.began, self.status = int(1000 * time.time()), "FINISHED"
         self.done = threading.Event()
 
     def run(self) -> None:
@@ -112,7 +112,7 @@ class LiveRun(threading.Thread):
                 self.logged = steps_of(client, run)
                 client.update_run(run.info.run_id, "RUNNING")
                 return client, run.info.run_id
-        run = client.create_run(experiment, tags=tags, run_name=f"{self.stage} {key[:6]}")
+        run = client.create_run(experiment, self.began, tags, f"{self.stage} {key[:6]}")
         log_params(client, run.info.run_id, params)
         return client, run.info.run_id
 
@@ -127,7 +127,7 @@ class LiveRun(threading.Thread):
 
 def steps_of(client: "MlflowClient", run: "Run") -> set[float]:
     """Steps of the training curve that a run has."""
-    name = next((name for name in sorted(run.data.metrics) if name.startswith("training/")), None)
+    name = next((name for name in sorted(run.data.metrics) if name.startswith("curve/")), None)
     return {metric.step for metric in client.get_metric_history(run.info.run_id, name)} if name else set()
 
 

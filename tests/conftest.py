@@ -50,7 +50,8 @@ class Project:
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the copy, e.g. `run("-m", "tasks.ingest")` for Python."""
         own = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
-        own |= {"PYTHONPATH": str(self.root), "DVC_NO_ANALYTICS": "1", **environment}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `python` of dvc.yaml
+        own |= {"PYTHONPATH": str(self.root), "PATH": path, "DVC_NO_ANALYTICS": "1", **environment}
         return subprocess.run([sys.executable, *command], cwd=self.root, env=own, capture_output=True, text=True)
 
 

@@ -1,4 +1,4 @@
-"""Everything learns, in seconds, in a tiny world: the demonstrated response to a pair of letters is the first of them."""
+"""Everything learns, in seconds, in a tiny world: the demonstrated response to a pair of letters is the second of them."""
 
 import copy
 import math
@@ -24,11 +24,11 @@ from tests.apprentice.toys import END, rso_config, sft_config, srppo_config, tin
 VOCAB = 8
 LETTERS = [token for token in range(VOCAB) if token != END]
 PAIRS = random.Random(0).sample([[a, b] for a in LETTERS for b in LETTERS], 49)
-TRAIN, HELD_OUT, POOL = PAIRS[:16], PAIRS[16:32], PAIRS[32:]
+TRAIN, HELD_OUT, POOL = PAIRS[:16], PAIRS[16:30], PAIRS[30:] + PAIRS[:16]
 
 
 def demonstrated(prompts: Sequence[list[int]]) -> Batch:
-    return collate(prompts, [[first, END] for first, _ in prompts], END)
+    return collate(prompts, [[second, END] for _, second in prompts], END)
 
 
 def sampled(model: LlamaForCausalLM, prompts: Sequence[list[int]], count: int) -> Batch:
@@ -43,13 +43,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def base() -> LlamaForCausalLM:
-    return freeze(tiny_llama(0, vocab=VOCAB, hidden_size=32))
+    return freeze(tiny_llama(0, vocab=VOCAB, hidden_size=32, initializer_range=0.1))
 
 
 @pytest.fixture(scope="module")
 def sft(base: LlamaForCausalLM) -> LlamaForCausalLM:
     model = copy.deepcopy(base).requires_grad_(True)
-    config = sft_config(epochs=4, learning_rate=3e-3)
+    config = sft_config(epochs=3, learning_rate=3e-3)
     fine_tune(model, demonstrated(TRAIN), demonstrated(HELD_OUT), config, seed=0, compute=CPU, recorder=Recorder())
     return freeze(model)
 
@@ -66,34 +66,35 @@ def assert_higher(after: torch.Tensor, before: torch.Tensor) -> None:
 
 def test_sft_lowers_the_held_out_loss(base: LlamaForCausalLM, sft: LlamaForCausalLM) -> None:
     before, after = (held_out_loss(model, demonstrated(HELD_OUT), CPU) for model in (base, sft))
-    assert after < 0.7 * before
+    assert after < 0.8 * before
 
 
 def test_srppo_raises_the_mean_self_reward(base: LlamaForCausalLM, sft: LlamaForCausalLM) -> None:
     policy = copy.deepcopy(sft).requires_grad_(True)
     prompts = Prompts(POOL, [str(p) for p in POOL], END, torch.zeros(VOCAB, dtype=torch.long), ("all",))
-    config = srppo_config(iterations=20, batch_size=64, minibatch_size=32, max_new_tokens=6, learning_rate=3e-3, kl_coef=0.3)
+    config = srppo_config(iterations=20, batch_size=64, minibatch_size=32, max_new_tokens=6, learning_rate=3e-3, kl_coef=0.1)
     SelfRewardingPPO(policy, {"sft": sft, "base": base}, prompts, config, seed=0, compute=CPU).train(Recorder())
-    before, after = (sequence_rewards(sft, base, sampled(model, HELD_OUT, 16), CPU) for model in (sft, policy))
+    before, after = (sequence_rewards(sft, base, sampled(model, HELD_OUT, 32), CPU) for model in (sft, policy))
     assert_higher(after, before)
 
 
 def chosen_and_rejected(sft: LlamaForCausalLM, base: LlamaForCausalLM, prompts: Sequence[list[int]]) -> tuple[Batch, Batch]:
-    """Pairs from the rejection sampler, labelled by the self-reward."""
+    """Pairs from the rejection sampler, labelled by the self-reward; identical texts make no pair."""
     batch = sampled(sft, prompts, 16)
     rewards, rng = sequence_rewards(sft, base, batch, CPU).tolist(), random.Random(0)
     sides: tuple[list[int], list[int]] = ([], [])
     for start in range(0, len(rewards), 16):
         own = rewards[start : start + 16]
-        for pair in make_pairs(rejection_sample(own, 8, 2.0, rng).positions, own, "first_round", rng):
-            for side, position in zip(sides, pair, strict=True):
-                side.append(start + position)
+        for chosen, rejected in make_pairs(rejection_sample(own, 8, 2.0, rng).positions, own, "first_round", rng):
+            if not torch.equal(batch.responses[start + chosen], batch.responses[start + rejected]):
+                sides[0].append(start + chosen)
+                sides[1].append(start + rejected)
     return batch.rows(sides[0]), batch.rows(sides[1])
 
 
 def test_rso_raises_the_margin_and_the_self_reward(base: LlamaForCausalLM, sft: LlamaForCausalLM) -> None:
     policy = copy.deepcopy(sft).requires_grad_(True)
-    config = rso_config(batch_size=16, epochs=4, learning_rate=2e-3)
+    config = rso_config(batch_size=16, epochs=6, learning_rate=2e-3)
     pairs, unseen = (with_reference(sft, *chosen_and_rejected(sft, base, p), CPU) for p in (POOL, HELD_OUT))
     everything = list(range(len(unseen.chosen.ids)))
     before = preference_step(policy, unseen, everything, config, CPU)
@@ -104,4 +105,4 @@ def test_rso_raises_the_margin_and_the_self_reward(base: LlamaForCausalLM, sft: 
     assert result["margin"] > 0.3
     assert after["margin"] > 0.2
     assert after["accuracy"] > 0.6
-    assert_higher(*(sequence_rewards(sft, base, sampled(model, HELD_OUT, 16), CPU) for model in (policy, sft)))
+    assert_higher(*(sequence_rewards(sft, base, sampled(model, HELD_OUT, 32), CPU) for model in (policy, sft)))

@@ -37,7 +37,6 @@ def own_stores(project: Project) -> dict[str, str]:
         "PREFECT_HOME": str(project.root / ".prefect"),
         "PREFECT_API_URL": "",
         "MLFLOW_TRACKING_URI": f"sqlite:///{project.root}/mlflow.db",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
 
 
@@ -131,7 +130,8 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(built: Any) -> None
     params.write_text(yaml.safe_dump(raw, sort_keys=False))
     weights = project.root / "data/models/srppo/model.safetensors"
     undisturbed, lock = weights.read_bytes(), (project.root / "dvc.lock").read_bytes()
-    environment = {**os.environ, **own_stores(project), "PYTHONPATH": str(project.root)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, **own_stores(project), "PYTHONPATH": str(project.root), "PATH": path}
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", "srppo"]
     child = subprocess.Popen(command, cwd=project.root, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     folder, deadline = project.root / ".resume" / "srppo", time.monotonic() + 120

@@ -49,15 +49,15 @@ def test_shares_of_the_split() -> None:
 
 @given(prompts, shares, st.floats(0, 0.4))
 def test_a_larger_validation_share_takes_from_train_alone(prompt: object, evaluation: float, more: float) -> None:
-    before, after = (split_of(prompt, share, evaluation) for share in (0.05, 0.05 + more))  # type: ignore[arg-type]
+    before, after = (split_of(prompt, share, evaluation) for share in (0.05, 0.05 + more))
     assert before == after or (before, after) == ("train", "validation")
 
 
 @given(prompts)
 def test_split_at_the_ends(prompt: object) -> None:
-    assert split_of(prompt, 0, 0) == "train"  # type: ignore[arg-type]
-    assert split_of(prompt, 0, 1) == "evaluation"  # type: ignore[arg-type]
-    assert split_of(prompt, 1, 0) == "validation"  # type: ignore[arg-type]
+    assert split_of(prompt, 0, 0) == "train"
+    assert split_of(prompt, 0, 1) == "evaluation"
+    assert split_of(prompt, 1, 0) == "validation"
 
 
 @given(st.lists(st.builds(demonstration, prompts, st.none() | texts, texts, answer=st.none() | texts), max_size=5))

@@ -103,7 +103,7 @@ def test_held_out_losses_match_a_loop() -> None:
 def test_a_model_given_twice_is_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[object] = []
 
-    def spy(model, batch, compute):  # type: ignore[no-untyped-def]
+    def spy(model, batch, compute):
         scored.append(model)
         return score(model, batch, compute)
 
@@ -121,11 +121,11 @@ def test_respond_answers_question_by_question() -> None:
     model = markov([[never, 0, 0, never], [never, never, never, 0], [never, never, never, 0], [0.0] * 4])
     questions = Questions([[0], [2, 0]], ["a", "b"], END)
     options = {"max_new_tokens": 4, "seed": "0", "compute": CPU}
-    rollout = respond(model, questions, samples=50, temperature=1.0, **options)  # type: ignore[arg-type]
+    rollout = respond(model, questions, samples=50, temperature=1.0, **options)
     assert rollout.batch.prompt_lengths.tolist() == [1] * 50 + [2] * 50
     answers = rollout.response_ids()
     assert {tuple(ids) for ids in answers} == {(1,), (2,)}
     assert answers[:50] != answers[50:]  # the key of the question enters the draw
     assert abs(sum(ids == [1] for ids in answers) - 50) < 4 * math.sqrt(25)  # 4 sigma of 100 fair coins
-    greedy = respond(model, questions, samples=1, temperature=0.0, **options)  # type: ignore[arg-type]
+    greedy = respond(model, questions, samples=1, temperature=0.0, **options)
     assert greedy.response_ids()[0] == greedy.response_ids()[1]

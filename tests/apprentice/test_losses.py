@@ -135,7 +135,7 @@ def test_L1_values_and_gradients_at_the_reference() -> None:
     here, gamma = doubles(-2.0, -7.0), 0.3
     # u = d chosen - d rejected = (1, -1)
     for kind, value, slope in (("sigmoid_norm", math.log(2), -gamma / 2), ("hinge_norm", 1.0, -gamma)):
-        loss, grad = gradients(kind, gamma, here, here)  # type: ignore[arg-type]
+        loss, grad = gradients(kind, gamma, here, here)
         assert loss == pytest.approx(value, abs=1e-9)
         assert grad.tolist() == pytest.approx([slope, -slope], abs=1e-9)
     loss, grad = gradients("ipo", gamma, here, here)
@@ -164,8 +164,8 @@ def test_L2_hinge_norm_is_hinge_when_the_reference_likes_both_alike() -> None:
 def test_L3_hinges_have_no_gradient_beyond_the_margin() -> None:
     reference = doubles(-1.0, -1.0)
     for kind in ("hinge_norm", "hinge"):
-        beyond = gradients(kind, 0.5, doubles(-1.0, -3.1), reference)  # type: ignore[arg-type]  # 0.5 * 2.1 > 1
-        short = gradients(kind, 0.5, doubles(-1.0, -2.9), reference)  # type: ignore[arg-type]
+        beyond = gradients(kind, 0.5, doubles(-1.0, -3.1), reference)  # 0.5 * 2.1 > 1
+        short = gradients(kind, 0.5, doubles(-1.0, -2.9), reference)
         assert beyond[0] == 0
         assert beyond[1].tolist() == [0, 0]
         assert short[0] == pytest.approx(1 - 0.5 * 1.9, abs=1e-9)
@@ -224,7 +224,7 @@ def test_L6_soft_labels_reach_the_tilt_whatever_the_pairs(where: str) -> None:
 def test_an_unknown_loss_and_wrong_shapes_raise() -> None:
     one = doubles(1.0)
     with pytest.raises(ValueError, match="kind: expected sigmoid_norm, hinge_norm, hinge or ipo; got 'dpo'"):
-        preference_loss(one, one, one, one, "dpo", 0.1)  # type: ignore[arg-type]
+        preference_loss(one, one, one, one, "dpo", 0.1)
     with pytest.raises(ValueError, match="reference_rejected_logps"):
         preference_loss(one, one, one, torch.ones(2), "ipo", 0.1)
     with pytest.raises(ValueError, match="old_logps"):

@@ -106,7 +106,7 @@ def test_G3_copies_are_bit_identical_and_dropout_breaks_that_until_frozen() -> N
 def test_G5_prompt_and_padding_receive_exactly_no_gradient() -> None:
     batch = collate([[1, 2, 0], [2]], [[0, END], [1, 2, 2, END]], 0)
     model = Logits(2, batch.ids.size(1), 4)
-    scores = response_scores(model, batch)  # type: ignore[arg-type]
+    scores = response_scores(model, batch)
     next_token_loss(scores.logps, batch.mask)[0].backward()
     assert model.logits.grad is not None
     touched = (model.logits.grad != 0).any(-1).tolist()

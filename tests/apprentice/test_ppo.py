@@ -64,8 +64,8 @@ def gradient_of_update(ppo: SelfRewardingPPO, experience: Experience) -> tuple[T
         found[name] = gradient(model)
         return {"grad_norm": float(found[name].norm())}
 
-    ppo.policy_optimiser.step = lambda: keep("policy", ppo.policy)  # type: ignore[method-assign]
-    ppo.critic_optimiser.step = lambda: keep("critic", ppo.critic)  # type: ignore[method-assign]
+    ppo.policy_optimiser.step = lambda: keep("policy", ppo.policy)
+    ppo.critic_optimiser.step = lambda: keep("critic", ppo.critic)
     metrics = ppo.update(experience)
     return found["policy"], found["critic"], metrics
 
@@ -356,7 +356,7 @@ def test_P3_in_bfloat16_recomputed_logps_keep_the_first_ratio_at_exactly_1() -> 
         scorers = {"sft": freeze(models[1]), "base": freeze(models[2])}
         ppo = SelfRewardingPPO(models[0], scorers, pool(), config, seed=0, compute=compute)
         _, experience = ppo.evaluate(ppo.sample())
-        ppo.policy_optimiser.step = lambda: {"grad_norm": 0.0}  # type: ignore[method-assign]  # stay, for both minibatches
+        ppo.policy_optimiser.step = lambda: {"grad_norm": 0.0}  # stay, for both minibatches
         found.append(ppo.update(experience)["approx_kl"])
     assert found[0] == 0
     assert found[1] != 0  # passes over single tokens round otherwise

@@ -83,7 +83,7 @@ def test_S3_expected_reward_is_kl() -> None:
 
 @pytest.mark.parametrize("span", ["sum", "mean", "eos_token"])
 def test_P5_the_reward_sits_on_the_last_token(span: str) -> None:
-    placed = place(PARTS, MASK, ALL, "eos", span, -7.0)  # type: ignore[arg-type]
+    placed = place(PARTS, MASK, ALL, "eos", span, -7.0)
     wanted = {"sum": [5, 3, 10, 6], "mean": [5, 1.5, 2.5, 2], "eos_token": [5, 2, 4, 4]}[span]
     for row, last in enumerate([0, 1, 3, 2]):
         assert placed[row].tolist() == [wanted[row] if t == last else 0 for t in range(4)]
@@ -91,7 +91,7 @@ def test_P5_the_reward_sits_on_the_last_token(span: str) -> None:
 
 def test_P5_a_cut_off_response_is_paid_at_its_last_token() -> None:
     for how in ("eos", "dense"):
-        placed = place(PARTS, MASK, torch.tensor([True, True, False, False]), how, "sum", -7.0)  # type: ignore[arg-type]
+        placed = place(PARTS, MASK, torch.tensor([True, True, False, False]), how, "sum", -7.0)
         assert placed[2].tolist() == [0, 0, 0, -7]
         assert placed[3].tolist() == [0, 0, -7, 0]
         assert float(placed[1].sum()) == 3
@@ -105,15 +105,15 @@ def test_dense_placement_by_hand() -> None:
 
 @pytest.mark.parametrize("span", ["sum", "mean", "eos_token"])
 def test_dense_and_end_payment_add_up_to_the_same(span: str) -> None:
-    eos, dense = (place(PARTS, MASK, ALL, how, span, -7.0).sum(1) for how in ("eos", "dense"))  # type: ignore[arg-type]
+    eos, dense = (place(PARTS, MASK, ALL, how, span, -7.0).sum(1) for how in ("eos", "dense"))
     assert torch.allclose(eos, dense, atol=1e-12)
-    assert torch.allclose(eos, self_reward(PARTS, MASK, span), atol=1e-12)  # type: ignore[arg-type]
+    assert torch.allclose(eos, self_reward(PARTS, MASK, span), atol=1e-12)
 
 
 @pytest.mark.parametrize("how", ["eos", "dense"])
 def test_S8_a_response_without_end_earns_the_configured_value_whatever_its_parts(how: str) -> None:
     for parts in (PARTS, -3 * PARTS, torch.zeros_like(PARTS)):
-        placed = place(parts, MASK, ~ALL, how, "sum", -1.25)  # type: ignore[arg-type]
+        placed = place(parts, MASK, ~ALL, how, "sum", -1.25)
         assert placed.sum(1).tolist() == [-1.25] * 4
 
 
@@ -147,7 +147,7 @@ def test_P6_k3_is_never_negative_and_zero_for_equal_policies_only(ours: list[flo
 def test_the_penalty_is_nothing_in_the_padding() -> None:
     a, b = torch.full((4, 4), 2.0), torch.zeros(4, 4)
     for estimator in ("k1", "k3"):
-        assert (kl_penalty(a, b, MASK, estimator)[MASK == 0] == 0).all()  # type: ignore[arg-type]
+        assert (kl_penalty(a, b, MASK, estimator)[MASK == 0] == 0).all()
 
 
 def test_length_slope_by_hand() -> None:

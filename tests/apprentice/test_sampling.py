@@ -1,7 +1,8 @@
 """The sampler: what a draw depends on, and whether it follows the model."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,13 +23,24 @@ def model() -> LlamaForCausalLM:
 
 
 def run(model: LlamaForCausalLM, requests: Sequence[Request], limit: int = 8, seed: str = "0", **options: object) -> Rollout:
-    return sample(model, requests, seed=seed, end=END, max_new_tokens=limit, **options)  # type: ignore[arg-type]
+    return sample(model, requests, seed=seed, end=END, max_new_tokens=limit, **options)
 
 
 def texts(rollout: Rollout) -> list[list[int]]:
     """The ids of each response."""
     rows = zip(rollout.batch.responses.tolist(), rollout.batch.response_lengths.tolist(), strict=True)
     return [ids[:n] for ids, n in rows]
+
+
+@contextmanager
+def passes(model: LlamaForCausalLM) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the ids that go through a model."""
+    shapes: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
 
 
 def requests(count: int) -> list[Request]:
@@ -91,12 +103,8 @@ def test_G6_the_seed_and_the_key_decide(model: LlamaForCausalLM) -> None:
 
 
 def test_samples_of_one_prompt_share_its_prefill_and_differ(model: LlamaForCausalLM) -> None:
-    shapes: list[tuple[int, ...]] = []
-    hook = model.register_forward_pre_hook(
-        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    rollout = run(model, [Request([0, 5, 7], "k", n) for n in range(16)] + [Request([1], "l")])
-    hook.remove()
+    with passes(model) as shapes:
+        rollout = run(model, [Request([0, 5, 7], "k", n) for n in range(16)] + [Request([1], "l")])
     assert shapes[0] == (2, 3)  # two distinct prompts
     assert shapes[1][1] == 1
     assert len({tuple(ids) for ids in texts(rollout)}) > 8
@@ -159,6 +167,16 @@ def test_whole_responses_follow_the_model() -> None:
     common = [i for i in range(40) if i not in rare]
     pooled = [sum(v[i] for i in rare) for v in (seen, wanted)]
     assert chisquare([seen[i] for i in common] + pooled[:1], [wanted[i] for i in common] + pooled[1:]).pvalue > 1e-4
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    # greedy: 0 -> end at once, 1 -> 2 -> 0 -> end
+    following = torch.nn.functional.one_hot(torch.tensor([END, 2, 0, 0]), VOCAB)
+    model = markov((30.0 * following).tolist())
+    with passes(model) as shapes:
+        rollout = run(model, [Request([n % 2], str(n)) for n in range(10)], temperature=0.0)
+    assert shapes == [(2, 1), (5, 1), (5, 1)]
+    assert texts(rollout) == [[END], [2, 0, END]] * 5
 
 
 def test_finished_rows_never_continue(model: LlamaForCausalLM) -> None:

@@ -95,7 +95,7 @@ class Epochs(Recorder):
         super().__init__()
         self.model, self.weights = model, list[str]()
 
-    def step(self, done, total, row, state):  # type: ignore[no-untyped-def]
+    def step(self, done, total, row, state):
         super().step(done, total, row, state)
         if row["held_out_loss"] is not None:
             self.weights.append(hash_of(self.model))

@@ -144,7 +144,7 @@ SIZES = WorldConfig(demonstrations=128, validation=96, prompts=1000, evaluation=
 
 
 def split(prompt: object) -> str:
-    return split_of(prompt, 0.1, 0.2)  # type: ignore[arg-type]
+    return split_of(prompt, 0.1, 0.2)
 
 
 def test_tables_have_their_kinds_sizes_and_splits() -> None:

@@ -40,6 +40,6 @@ def test_an_entry_that_params_lacks_is_named() -> None:
 
 def test_a_bad_value_leaves_params_as_they_were(tmp_path: Path) -> None:
     root = project_with("srppo: {kl_coef: -1.0}\n", tmp_path)
-    with pytest.raises(ParamsError, match="srppo.kl_coef"):
+    with pytest.raises(ParamsError, match=r"srppo\.kl_coef"):
         apply("mine", root)
     assert (root / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()

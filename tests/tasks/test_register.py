@@ -122,7 +122,7 @@ def test_a_run_for_every_stage_with_metrics_and_curves_where_there_was_training(
     assert set(runs) == {"prepare", "words", "base", "sft", "evaluate@base", "evaluate@sft", "report"}
     assert all(run.info.status == "FINISHED" for run in runs.values())
     losses = [float(line.split(",")[1]) for line in made.path("data/reports/sft/history.csv").read_text().splitlines()[1:]]
-    curve = own.get_metric_history(runs["sft"].info.run_id, "training/loss")
+    curve = own.get_metric_history(runs["sft"].info.run_id, "curve/loss")
     assert [(m.step, m.value) for m in curve] == list(enumerate(losses, 1))
     assert runs["sft"].data.params == {"seed": "0", "sft.learning_rate": "0.0005"}
     assert (
@@ -136,7 +136,8 @@ def test_evaluations_are_on_the_model_and_on_its_run(made: Project) -> None:
     (version,) = [v for v in versions(made) if v.tags["method"] == "sft"]
     assert ("validation/held_out_loss", mean) in model_metrics(made, version)
     metrics = client(made).get_run(version.run_id).data.metrics
-    assert metrics["validation/held_out_loss"] == mean and metrics["validation/held_out_loss_high"] == mean + 1
+    assert metrics["validation/held_out_loss"] == mean and "validation/held_out_loss_high" not in metrics
+    assert ("validation/held_out_loss_high", mean + 1) in model_metrics(made, version)
 
 
 def test_weights_are_links_to_dvcs_cache(made: Project) -> None:
@@ -261,11 +262,11 @@ def test_a_live_run_is_taken_over(toy: Project) -> None:
     live = own.create_run(group, tags={"dvc.stage": "sft", "dvc.inputs": key}).info.run_id
     rows = toy.path("data/reports/sft/history.csv").read_text().splitlines()[1:]
     for line in rows[:2]:
-        own.log_metric(live, "training/loss", float(line.split(",")[1]), step=int(line.split(",")[0]))
+        own.log_metric(live, "curve/loss", float(line.split(",")[1]), step=int(line.split(",")[0]))
     register(toy)
     (version,) = [v for v in versions(toy) if v.tags["method"] == "sft"]
     assert version.run_id == live
-    assert [m.step for m in own.get_metric_history(live, "training/loss")] == [1, 2, 3, 4, 5]
+    assert [m.step for m in own.get_metric_history(live, "curve/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_an_attempt_that_was_killed_leaves_nothing_behind(toy: Project) -> None:

@@ -33,7 +33,8 @@ def test_hidden_gpus_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots.cuda_devices() == []
 
 
-def test_a_torch_stage_waits_until_a_place_is_free_and_others_do_not() -> None:
+def test_a_torch_stage_waits_until_a_place_is_free_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "PATIENCE", 0.1)
     one, said, entered = slots.Slots([{"CUDA_VISIBLE_DEVICES": "0"}]), [], threading.Event()
 
     def second() -> None:

@@ -42,7 +42,7 @@ def runs() -> list[Any]:
 
 def curve(run_id: str) -> list[tuple[int, float]]:
     client, _group = store.open_store("apprentice")
-    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "training/loss")]
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "curve/loss")]
 
 
 def test_a_row_that_is_still_being_written_is_left_for_later(tmp_path: Path) -> None:
@@ -126,6 +126,12 @@ def test_trouble_with_tracking_is_a_warning(history: Path, monkeypatch: pytest.M
     said: list[str] = []
     live(history, said.append).finish("FINISHED")
     assert len(said) == 1 and "no live charts for sft" in said[0]
+
+
+def test_a_server_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(store.StoreError, match="does not answer at http://127.0.0.1:9"):
+        store.open_store("apprentice")
 
 
 def test_an_mlflow_that_hangs_holds_nobody_up(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:

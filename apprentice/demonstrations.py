@@ -17,6 +17,7 @@ from typing import IO, Any, Literal
 Message = dict[str, str]
 Prompt = str | list[Message]
 Split = Literal["train", "validation", "evaluation"]
+OUT_OF_DOMAIN = ("out_of_domain_pool", "out_of_domain_unseen")  # domains that together are `out_of_domain`
 QUALITIES = ("expert", "mixed", "poor")  # the closed set of quality classes
 
 

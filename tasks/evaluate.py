@@ -7,7 +7,7 @@ def main(stage: Stage) -> None:
     """Write prompts.csv, samples.jsonl and metrics.json under data/reports/evaluate/<model>/."""
     from apprentice.demonstrations import write_jsonl
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
-    from tasks.measuring import domain_means, held_out_rows, measure, write_rows
+    from tasks.measuring import headline, held_out_rows, measure, write_rows
 
     compute = compute_of(stage)
     assert stage.item is not None
@@ -20,11 +20,9 @@ def main(stage: Stage) -> None:
     rows += held_out_rows(models["model"], tokenizer, table(stage, "validation"), compute)
     write_rows(stage.reports / "prompts.csv", rows)
     write_jsonl(stage.reports / "samples.jsonl", samples)
-    means = domain_means(rows)
+    means = headline(rows)
     stage.metrics(means)
-    for domain, figures in means.items():
-        shown = ("greedy_accuracy", "sampled_accuracy", "self_reward", "kl_to_sft", "length")
-        stage.say(f"{domain}: " + " ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures))
+    stage.say(", ".join(f"{name} {value:.3f}" for name, value in means.items()))
 
 
 run(__name__, main, __doc__, lambda params: params.evaluate.models)

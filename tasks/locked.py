@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 TABLES = ("data/clean", "data/pairs", "data/raw")
+FIGURES = ("metrics.json", "report.json")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def _read(stage: "PipelineStage", made: dict[str, str]) -> LockedStage:
         key_of(stage),
         params_of(stage),
         {dep.def_path: dep.hash_info.value for dep in stage.deps if dep.def_path.startswith(TABLES)},
-        tuple(LockedOut(out.def_path, out.hash_info.value, bool(out.metric), _files(out)) for out in stage.outs),
+        tuple(
+            LockedOut(out.def_path, out.hash_info.value, Path(out.def_path).name in FIGURES, _files(out)) for out in stage.outs
+        ),
         any(_outdated(dep, made) for dep in stage.deps),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
-from apprentice.demonstrations import Demonstration, atomic_write, prompt_text
+from apprentice.demonstrations import OUT_OF_DOMAIN, Demonstration, atomic_write, prompt_text
 from apprentice.evaluation import (
     Questions,
     frozen_logps,
@@ -24,6 +24,15 @@ from tasks.checkpoints import batch_of, prompt_keys
 from tasks.stage import Stage
 
 Row = dict[str, Any]
+HEADLINE = (
+    "in_domain/greedy_accuracy",
+    "in_domain/sampled_accuracy",
+    "out_of_domain/greedy_accuracy",
+    "out_of_domain/sampled_accuracy",
+    "in_domain/self_reward",
+    "in_domain/kl_to_sft",
+    "validation/held_out_loss",
+)
 
 
 def measure(
@@ -94,14 +103,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
 
 
-def domain_means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Mean of each figure over each domain, for `dvc metrics show`."""
-    gathered: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, float):
-                gathered.setdefault(row["domain"], {}).setdefault(name, []).append(value)
-    return {
-        domain: {name: round(sum(values) / len(values), 6) for name, values in figures.items()}
-        for domain, figures in gathered.items()
-    }
+def headline(rows: Sequence[Row]) -> dict[str, float]:
+    """Means of the few figures that `dvc metrics show` compares models by; report.json has them all, with intervals."""
+    domains = {"in_domain": ("in_domain",), "out_of_domain": OUT_OF_DOMAIN, "validation": ("validation",)}
+    found = {}
+    for key in HEADLINE:
+        domain, metric = key.split("/")
+        values = [row[metric] for row in rows if row["domain"] in domains[domain] and row.get(metric) is not None]
+        if values:
+            found[key] = round(sum(values) / len(values), 4)
+    return found

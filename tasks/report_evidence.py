@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from apprentice.config import Params
-from apprentice.demonstrations import read_jsonl
+from apprentice.demonstrations import OUT_OF_DOMAIN, read_jsonl
 from tasks.intervals import Interval, mean_interval, paired_difference, t_interval
 from tasks.report_metrics import metric_of, place
 from tasks.stage import StageError, rows_of
 
 MEASURED = ("sft", "sft_tuned", "srppo", "pairs")
 TRAINED = ("pretrain", "sft", "sft_tuned", "srppo", "rso")
-OUT_OF_DOMAIN = ("out_of_domain_pool", "out_of_domain_unseen")
 
 Values = dict[str, dict[str, float]]  # "<domain>/<metric>" -> prompt id -> value
 

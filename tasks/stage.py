@@ -6,6 +6,7 @@ A stage module is `def main(stage): read, call one core function, write` and end
 import csv
 import json
 import os
+import resource
 import shutil
 import sys
 import time
@@ -82,7 +83,7 @@ class Stage:
         self.data = ROOT / "data"
         self.reports = self.data / "reports" / name / (item or "")
         self.history = History(self.reports / "history.csv")
-        self._began = self._said = time.monotonic()
+        self._made = self._began = self._said = time.monotonic()
         self._first_step: int | None = None
         self._at_end: list[Callable[[], None]] = []
 
@@ -144,7 +145,9 @@ class Stage:
         """Do what was asked for the end."""
         for act in self._at_end:
             act()
-        self.telemetry(event="finished")
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, KiB elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+        self.telemetry(event="finished", seconds=round(time.monotonic() - self._made, 1), peak_memory_mib=peak)
 
 
 def run(

@@ -130,7 +130,7 @@ def test_trouble_with_tracking_is_a_warning(history: Path, monkeypatch: pytest.M
 
 def test_a_server_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(store.StoreError, match="does not answer at http://127.0.0.1:9"):
+    with pytest.raises(store.StoreError, match="does not answer at http"):
         store.open_store("apprentice")
 
 

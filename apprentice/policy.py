@@ -100,8 +100,11 @@ def response_scores(
     """Score the response tokens of a batch in one forward pass, with gradient where the model takes one.
 
     The logits of token t come from the position before it; positions before the shortest prompt's end are never
-    projected to the vocabulary. The entropy carries no gradient.
+    projected to the vocabulary. The entropy carries no gradient. Raises ValueError for a model in training mode, whose
+    dropout would make equal models differ.
     """
+    if model.training:
+        raise ValueError("response_scores: the model is in training mode; call .eval(), gradients flow all the same")
     first = int(batch.prompt_lengths.min())
     width = batch.ids.size(1)
     keep = torch.arange(first - 1, width - 1, device=batch.ids.device)

@@ -117,9 +117,10 @@ class SelfRewardingPPO:
         config, batch, mask = self.config, rollout.batch, rollout.batch.mask
         old_logps = self._old_logps(rollout)
         logps = {name: score(model, batch, self.compute) for name, model in self.scorers.items()}
-        anchor = logps[config.kl_anchor]
-        if config.temperature != 1.0:  # ratio and KL at the sampling temperature, the reward always at 1
-            anchor = score(self.scorers[config.kl_anchor], batch, self.compute, config.temperature)
+        tempered = logps  # the reward always at temperature 1; ratio and KL at the sampling temperature
+        if config.temperature != 1.0:
+            tempered = {n: score(model, batch, self.compute, config.temperature) for n, model in self.scorers.items()}
+        anchor = tempered[config.kl_anchor]
         parts = token_rewards(logps[config.reward_target], logps[config.reward_baseline], mask, config.baseline_weight)
         placed = place(parts, mask, rollout.ended, config.placement, config.span, config.missing_eos_reward)
         rewards = placed - config.kl_coef * kl_penalty(old_logps, anchor, mask, config.kl_estimator)
@@ -135,8 +136,8 @@ class SelfRewardingPPO:
             "reward_std": float(raw.std(correction=0)),
             "reward_length_slope": length_slope(raw, batch.response_lengths),
             **self._by_class(parts, mask, batch),
-            "kl_to_sft": mean_per_response(old_logps - logps["sft"], mask),
-            "kl_to_base": mean_per_response(old_logps - logps["base"], mask),
+            "kl_to_sft": mean_per_response(old_logps - tempered["sft"], mask),
+            "kl_to_base": mean_per_response(old_logps - tempered["base"], mask),
             "kl_to_anchor": mean_per_response(old_logps - anchor, mask),
             "explained_variance": explained_variance(values, returns, mask),
             "length": float(batch.response_lengths.float().mean()),

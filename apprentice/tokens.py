@@ -169,11 +169,17 @@ class Batch:
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Batch:
-    """Put prompts and responses (lists of ids, responses with their end token) into one batch."""
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    width = max(map(len, rows))
+    """Put prompts and responses (lists of ids, responses with their end token) into one batch.
+
+    Raises ValueError for a prompt or response without a token: its first token would have no position before it.
+    """
+    for name, rows in (("prompt", prompts), ("response", responses)):
+        if not all(rows):
+            raise ValueError(f"collate: {name} {next(i for i, ids in enumerate(rows) if not ids)} has no token")
+    joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    width = max(map(len, joined))
     return Batch(
-        torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        torch.tensor([ids + [pad] * (width - len(ids)) for ids in joined]),
         torch.tensor([len(prompt) for prompt in prompts]),
         torch.tensor([len(response) for response in responses]),
     )

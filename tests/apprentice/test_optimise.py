@@ -38,7 +38,7 @@ def test_three_steps_match_adamw_written_out() -> None:
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         w -= rate * 0.5 * w  # decoupled weight decay
         w -= rate * (m / (1 - 0.9 ** (step + 1))) / (math.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
-        assert float(weight) == pytest.approx(w, abs=1e-9)
+        assert float(weight.detach()) == pytest.approx(w, abs=1e-9)
         assert weight.grad is None
 
 
@@ -56,8 +56,8 @@ def test_frozen_parameters_are_left_alone() -> None:
     live = nn.Parameter(torch.ones(1))
     live.grad = torch.ones(1)
     Optimiser([frozen, live], 0.1, 1.0, weight_decay=0.9).step()
-    assert float(frozen) == 1.0
-    assert float(live) < 1.0
+    assert frozen.tolist() == [1.0]
+    assert live.tolist()[0] < 1.0
 
 
 def test_a_restored_optimiser_goes_on_as_if_nothing_had_happened() -> None:

@@ -38,6 +38,7 @@ class Logits(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.logits = nn.Parameter(torch.randn(*shape))
+        self.eval()
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool) -> object:
         return type("Output", (), {"logits": self.logits[:, logits_to_keep]})
@@ -92,12 +93,14 @@ def test_G2_the_probabilities_of_all_responses_add_up_to_1() -> None:
         assert float(logps.exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_G3_copies_are_bit_identical_and_dropout_breaks_that_until_frozen() -> None:
+def test_G3_copies_are_bit_identical_and_dropout_is_refused_until_frozen() -> None:
     batch = demonstrations(6, seed=2)
     one, copy = (tiny_llama(0, attention_dropout=0.5) for _ in range(2))
     assert torch.equal(score(one, batch), score(copy, batch))
     copy.train()
-    assert not torch.equal(score(one, batch), score(copy, batch))
+    assert not torch.equal(one(batch.ids).logits, copy(batch.ids).logits)
+    with pytest.raises(ValueError, match="training mode"):
+        score(copy, batch)
     freeze(copy)
     assert torch.equal(score(one, batch), score(copy, batch))
     assert not any(parameter.requires_grad for parameter in copy.parameters())

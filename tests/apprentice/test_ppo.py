@@ -255,6 +255,16 @@ def test_S1_equal_models_train_nothing_and_say_so() -> None:
     assert "reward_std_floor" in recorder.warnings[0]
 
 
+def test_S1_a_reward_that_is_all_rounding_is_not_blown_up_by_whitening() -> None:
+    ppo = trainer(kl_coef=0.0)
+    with torch.no_grad():
+        for name, parameter in ppo.scorers["base"].named_parameters():
+            parameter.copy_(ppo.scorers["sft"].get_parameter(name) * (1 + 1e-6))
+    row, experience = ppo.evaluate(every_response(SFT))
+    assert 0 < row["reward_std"] < 1e-4
+    assert experience.advantages.abs().max() < 0.1
+
+
 def test_S2_swapping_target_and_baseline_negates_the_reward() -> None:
     rollout = every_response(OTHER)
     there, _ = trainer(OTHER).evaluate(rollout)
@@ -362,11 +372,12 @@ def test_P3_in_bfloat16_recomputed_logps_keep_the_first_ratio_at_exactly_1() -> 
     assert found[1] != 0  # passes over single tokens round otherwise
 
 
-def test_recorded_and_recomputed_logps_agree_in_float32() -> None:
-    ppo = trainer(OTHER, batch_size=32)
-    rollout = ppo.sample()
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_recorded_and_recomputed_logps_agree_in_float32(temperature: float) -> None:
+    rollout = trainer(OTHER, batch_size=32, temperature=temperature).sample()
     one, other = (
-        trainer(OTHER, batch_size=32, old_logps=how).evaluate(rollout)[1].old_logps for how in ("recorded", "recomputed")
+        trainer(OTHER, batch_size=32, temperature=temperature, old_logps=how).evaluate(rollout)[1].old_logps
+        for how in ("recorded", "recomputed")
     )
     assert torch.equal(one, rollout.logps)
     assert torch.allclose(one, other, atol=1e-4)

@@ -1,6 +1,7 @@
 """Training of the tiny base: what a step takes, and that a run can be broken off anywhere."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -71,18 +72,18 @@ def test_the_first_loss_is_the_mean_over_all_tokens_but_the_first(tokenizer: Pre
 
 
 def test_padding_does_not_count(tokenizer: PreTrainedTokenizerFast) -> None:
-    # one batch of four lengths against the same documents one by one, before any step
-    model, documents = build_base(pretrain_config(), tokenizer, 0), [("a", "b"), ("a b", "c"), ("c", "a b c d"), ("d", "d")]
-    rows = [encode_prompt(tokenizer, p) + encode_response(tokenizer, r) for p, r in documents]
-    total = sum(sum(naive_logps(model, ids[:1], ids[1:])) for ids in rows)
-    given = iter(documents * 16)
-    recorder = Recorder()
-    config = pretrain_config(steps=16, learning_rate=1e-12)  # the weights stand still, so all 16 batches are comparable
+    # two documents of each of 32 lengths: the 16 batches of 4 hold two lengths each
+    model, rng = build_base(pretrain_config(), tokenizer, 0), random.Random(0)
+    documents = [(rng.choice(WORDS), " ".join(rng.choices(WORDS, k=size))) for size in range(1, 33)] * 2
+    rows = [encode_prompt(tokenizer, p) + encode_response(tokenizer, r) for p, r in documents[:32]]
+    total = 2 * sum(sum(naive_logps(model, ids[:1], ids[1:])) for ids in rows)
+    given, recorder = iter(documents), Recorder()
+    config = pretrain_config(steps=16, learning_rate=1e-12)  # the weights stand still
     pretrain(model, tokenizer, lambda rng: next(given), config, seed=0, compute=CPU, recorder=recorder)
     sizes = [0, *(row["tokens"] for row in recorder.rows)]
-    # each step's loss is per token of its batch: weighted by its tokens they add up to 16 times the documents
-    found = sum(row["loss"] * (after - before - 4) for row, before, after in zip(recorder.rows, sizes, sizes[1:], strict=False))
-    assert found == pytest.approx(-16 * total, rel=1e-4)
+    # each step's loss is per token of its batch (all but the first of each row): times their number it is their sum
+    found = sum(row["loss"] * (b - a - 4) for row, (a, b) in zip(recorder.rows, pairwise(sizes), strict=True))
+    assert found == pytest.approx(-total, rel=1e-5)
 
 
 @pytest.mark.parametrize("stop", [1, 7, 16, 17, 20])

@@ -202,3 +202,11 @@ def test_the_pad_id_falls_back_to_the_end_token() -> None:
     assert pad_id(tokenizer) == tokenizer.pad_token_id != tokenizer.eos_token_id
     tokenizer.pad_token = None
     assert pad_id(tokenizer) == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("prompts", "responses"), [([[1], []], [[2], [2]]), ([[1], [1]], [[2], []])])
+def test_a_row_without_prompt_or_response_is_refused_by_its_number(
+    prompts: list[list[int]], responses: list[list[int]]
+) -> None:
+    with pytest.raises(ValueError, match=r"(prompt|response) 1 has no token"):
+        collate(prompts, responses, pad=0)

@@ -207,14 +207,17 @@ def test_a_workspace_elsewhere_registers_in_the_projects_store_and_moves_nothing
     assert aliases(toy) == first and [v.tags.get("experiment") for v in versions(toy)] == [None, None, "elsewhere", "elsewhere"]
 
 
-def test_a_new_evaluation_replaces_the_old_figures(toy: Project) -> None:
+def test_a_new_evaluation_replaces_the_old_figures_unless_it_is_an_experiments(toy: Project) -> None:
     register(toy)
     (before,) = [v for v in versions(toy) if v.tags["method"] == "sft"]
+    old = model_metrics(toy, before)
     worker = toy.path("worker.py")
     worker.write_text(worker.read_text().replace('v["loss"] - 1', 'v["loss"] - 5'))
     done = run(toy, "-m", "dvc", "repro", "--force", "--single-item", "report")
     assert done.returncode == 0, done.stdout
-    repro(toy)
+    repro(toy, DVC_EXP_NAME="bold-try")
+    assert [(v.tags, model_metrics(toy, v)) for v in versions(toy) if v.tags["method"] == "sft"] == [(before.tags, old)]
+    register(toy)
     assert len(versions(toy)) == 2
     (after,) = [v for v in versions(toy) if v.tags["method"] == "sft"]
     names = [name for name, _value in model_metrics(toy, after)]

@@ -4,13 +4,16 @@ prepare -> base -> sft -> evaluate@base, evaluate@sft -> report -> register
         -> words (no torch, beside base)
 """
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +175,17 @@ def begin(toy: Project, *command: str, **more: str) -> "subprocess.Popen[str]":
             text=True,
             start_new_session=True,
         )
+
+
+@cache
+def empty_store() -> Path:
+    """An MLflow database with nothing in it, to copy: making one takes seconds."""
+    import mlflow
+
+    path = Path(tempfile.mkdtemp()) / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    atexit.register(shutil.rmtree, path.parent)
+    return path
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:

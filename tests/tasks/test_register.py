@@ -13,7 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from tests.conftest import Project
-from tests.toy import knobs, make_toy, run
+from tests.toy import empty_store, knobs, make_toy, run
 
 pytestmark = pytest.mark.slow
 MODEL = "apprentice"
@@ -33,6 +33,7 @@ def toy(made: Project, tmp_path: Path) -> Project:
     """A toy that was reproduced but never registered, for a test to change."""
     copy = Project(tmp_path / "toy")
     shutil.copytree(made.root, copy.root, ignore=shutil.ignore_patterns("mlflow.db*", "mlruns", ".telemetry"), symlinks=True)
+    shutil.copy(empty_store(), copy.path("mlflow.db"))
     return copy
 
 

@@ -1,5 +1,6 @@
 """The run that follows a training, in a real MLflow database of its own."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from tasks import store, tracking
 from tasks.tracking import LiveRun, followed, missing_rows, read_history
-from tests.toy import wait_for
+from tests.toy import empty_store, wait_for
 
 KEY = "0123456789abcdef"
 
@@ -21,6 +22,7 @@ def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "POLL", 0.05)
     monkeypatch.setattr("tasks.dvcstage.current_inputs", lambda stage: (KEY, {"seed": 3, "sft": {"epochs": 2}}))
+    shutil.copy(empty_store(), tmp_path / "mlflow.db")
     return tmp_path / "history.csv"
 
 
@@ -155,6 +157,7 @@ def test_only_a_stage_that_really_runs_is_followed(history: Path, monkeypatch: p
 
 
 def test_the_experiment_is_one_of_model_training(history: Path) -> None:
+    (history.parent / "mlflow.db").unlink()
     client, group = store.open_store("apprentice")
     assert client.get_experiment(group).tags["mlflow.experimentKind"] == "custom_model_development"
     assert (history.parent / "mlflow.db").exists()

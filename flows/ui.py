@@ -109,6 +109,8 @@ def main(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     finally:
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, signal.SIG_IGN)  # a second Ctrl-C would leave a server behind
         process.stop_all()
 
 

@@ -23,9 +23,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e '.[test]' 2>&1 | { grep -v 'is ignored: it is neither a file' || true; }
+	@$(BIN)/python -m pip install -qq -c constraints.txt $(PIP_ARGS) -e '.[test]'
 	@$(BIN)/python -c 'import torch, transformers, dvc, prefect, mlflow, great_expectations'
-	@test -e .git || $(BIN)/dvc config --local core.no_scm true
+	@test -e .git || $(BIN)/python -m dvc config --local core.no_scm true
 	@touch $@
 
 run: setup    ## the whole pipeline through the Prefect flow: data, models, report, registry
@@ -38,13 +38,13 @@ test-fast: setup ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"
 
 check: setup  ## ruff and mypy; edits nothing
-	@$(BIN)/ruff format --check .
-	@$(BIN)/ruff check .
-	@$(BIN)/mypy
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy
 
 format: setup ## let ruff rewrite the files
-	@$(BIN)/ruff format .
-	@$(BIN)/ruff check --fix .
+	@$(BIN)/python -m ruff format .
+	@$(BIN)/python -m ruff check --fix .
 
 preset: setup ## merge presets/NAME.yaml into params.yaml: make preset NAME=smoke
 	@$(BIN)/python -m tasks.preset $(NAME)

@@ -54,8 +54,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.preset", description=__doc__)
     parser.add_argument("name", choices=names)
     name = parser.parse_args().name
-    edited = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "params.yaml"], cwd=ROOT, check=False).returncode
-    if edited == 1:
+    if (ROOT / ".git").exists() and subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", "params.yaml"], cwd=ROOT
+    ).returncode:
         print("params.yaml has uncommitted edits, which a preset could overwrite: commit them, or `git checkout params.yaml`")
         return 2
     try:

@@ -69,10 +69,14 @@ def row_key(seed: str, request: Request) -> int:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Invert the CDF: logits [B, V], uniform [B] to token ids [B]."""
-    cdf = logits.float().softmax(-1).double().cumsum(-1)
-    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(-1)
-    return token.clamp(max=logits.size(-1) - 1)
+    """Invert the CDF: logits [B, V], uniform [B] to token ids [B].
+
+    Probabilities are summed as whole multiples of 2^-31: exact in any order, where CUDA has no deterministic sum of floats.
+    """
+    cdf = (logits.float().softmax(-1) * 2**31).long().cumsum(-1)
+    total = cdf[:, -1]
+    threshold = torch.minimum((uniform * total).long(), total - 1)
+    return torch.searchsorted(cdf, threshold[:, None], right=True).squeeze(-1)
 
 
 def sample(

@@ -24,12 +24,19 @@ SHOWN = (
 
 
 def run_seed(seed: int) -> str:
-    """Bring the pipeline of one seed up to date as an experiment; returns its name."""
+    """Bring the pipeline of one seed up to date as an experiment; returns its name.
+
+    Stages done before come from DVC's cache.
+    """
     name = f"seed-{seed}"
-    command = ["exp", "run", "--temp", "--force", "--name", name, "--set-param", f"seed={seed}"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `python` of dvc.yaml
-    subprocess.run([sys.executable, "-m", "dvc", *command], cwd=ROOT, check=True, env={**os.environ, "PATH": path})
+    _dvc("exp", "remove", name, check=False)  # `exp run --force` would overwrite it too, but run every stage anew
+    _dvc("exp", "run", "--temp", "--name", name, "--set-param", f"seed={seed}")
     return name
+
+
+def _dvc(*words: str, check: bool = True) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `python` of dvc.yaml
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=ROOT, check=check, env={**os.environ, "PATH": path})
 
 
 def values_of(experiment: str, models: list[str], seed: int) -> dict[str, Values]:

@@ -92,6 +92,7 @@ def test_params_that_a_stage_names_exist(name: str) -> None:
     for entry in stages()[name]["params"]:
         section: Any = raw_params()
         for part in entry.split("."):
+            assert part in section, f"{name} names {entry}, which params.yaml lacks"
             section = section[part]
 
 

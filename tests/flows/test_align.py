@@ -235,6 +235,7 @@ def test_a_served_flow_can_be_started_and_cancelled(toy: Project, server: str) -
         subprocess.run([*prefect, "flow-run", "cancel", name], env=own, cwd=toy.root, check=True, capture_output=True)
         wait_for(lambda: not runs(stage), 120)
         wait_for(lambda: last_flow(server)["state_type"] == "CANCELLED", 120)
+        assert not runs(stage) and last_flow(server)["id"] == name
     finally:
         os.kill(child.pid, signal.SIGINT)
         child.wait(60)

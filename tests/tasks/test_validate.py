@@ -175,3 +175,6 @@ def test_the_committed_sample_passes(tmp_path: Path, stage_of: StageOf) -> None:
     entries = {"ingest.source.kind": "jsonl", "ingest.source.path": "data/raw/gsm8k.jsonl"}
     for name, module in (("ingest", ingest), ("tokenizer", tokenizer), ("validate", validate)):
         module.main(stage_of(name, **entries))
+    read = {name: json.loads((tmp_path / f"data/reports/{name}/metrics.json").read_text()) for name in ("ingest", "validate")}
+    assert read["ingest"]["rows_kept"] == 120 and read["ingest"]["rows_rejected"] == 0
+    assert read["validate"]["failed"] == 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from apprentice.config import ComputeConfig
+from apprentice.sections import ComputeConfig
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Measure one model on held-out prompts: a row of figures per prompt, so that models can be compared in pairs.
 
-The verifier is used here and nowhere else.
+The verifier is used here, and by the methods that are not called demonstrations-only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from apprentice.compute import Compute
 from apprentice.masking import masked_sum
 from apprentice.policy import score
 from apprentice.sampling import Request, Rollout, sample
-from apprentice.tokens import Batch
+from apprentice.tokens import Batch, collate
 
 Verify = Callable[[int, list[int]], bool]  # (number of the question, response ids without end token) -> right or wrong
 Verdict = bool | None  # None: no verifier for this question
@@ -113,16 +114,36 @@ def distinct(responses: Sequence[Sequence[int]], n: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def held_out_losses(model: PreTrainedModel, batch: Batch, compute: Compute) -> list[float]:
+def held_out_losses(model: PreTrainedModel, batch: Batch, compute: Compute, temperature: float = 1.0) -> list[float]:
     """Nats per response token of each held-out demonstration."""
-    losses: list[float] = (-score(model, batch, compute).sum(1) / batch.response_lengths).tolist()
+    losses: list[float] = (-score(model, batch, compute, temperature).sum(1) / batch.response_lengths).tolist()
     return losses
 
 
-def frozen_logps(models: Mapping[str, PreTrainedModel], batch: Batch, compute: Compute) -> dict[str, Tensor]:
-    """[N, T] log-probabilities of a batch under each model; a model given twice is scored once."""
-    done: dict[int, Tensor] = {}
-    for model in models.values():
-        if id(model) not in done:
-            done[id(model)] = score(model, batch, compute)
-    return {name: done[id(model)] for name, model in models.items()}
+def best_temperature(model: PreTrainedModel, held_out: Batch, temperatures: Sequence[float], compute: Compute) -> float:
+    """The temperature under which held-out demonstrations are likeliest, over all their tokens; no label is used."""
+    tokens = held_out.response_lengths.tolist()
+
+    def loss(temperature: float) -> float:
+        rows = held_out_losses(model, held_out, compute, temperature)
+        return float(sum(row * count for row, count in zip(rows, tokens, strict=True)))
+
+    return min(temperatures, key=loss)
+
+
+def frozen_logps(
+    models: Mapping[str, PreTrainedModel], prompts: Mapping[str, Sequence[Sequence[int]]], batch: Batch, compute: Compute
+) -> dict[str, Tensor]:
+    """[N, T] log-probabilities of the responses of a batch under each model, each after its own form of the N prompts.
+
+    A model given twice with equal prompts is scored once.
+    """
+    done: dict[tuple[Any, ...], Tensor] = {}
+    found: dict[str, Tensor] = {}
+    responses = [row[:n] for row, n in zip(batch.responses.tolist(), batch.response_lengths.tolist(), strict=True)]
+    for name, model in models.items():
+        key = (id(model), *map(tuple, prompts[name]))
+        if key not in done:
+            done[key] = score(model, collate(prompts[name], responses, 0).to(compute.device), compute)
+        found[name] = done[key]
+    return found

@@ -23,6 +23,26 @@ def next_token_loss(logps: Tensor, mask: Tensor, count: float | None = None) -> 
     return loss, {"loss": loss.detach()}
 
 
+def weighted_next_token_loss(
+    logps: Tensor, mask: Tensor, weights: Tensor, count: float | None = None
+) -> tuple[Tensor, Metrics]:
+    """Negative log-likelihood per unit of weight (C-RLFT, 2309.11235): logps, mask [B, T]; weights, not negative,
+    [B] per response or [B, T] per token, constants.
+
+    L = -sum_t w_t logps_t / sum_t w_t over response tokens: only ratios of weights matter, and equal ones give
+    `next_token_loss`. `count` is the sum of the weights over the response tokens of the whole batch. Raises ValueError when
+    that sum is not positive: rows of weight 0 teach nothing and belong left out.
+    """
+    check_shape("mask", mask, *logps.shape)
+    check_shape("weights", weights, *logps.shape[: max(1, weights.dim())])
+    weighted = mask * (weights if weights.dim() == 2 else weights[:, None])
+    total = float(weighted.sum()) if count is None else count
+    if not total > 0:
+        raise ValueError(f"weights: expected a positive sum over response tokens, got {total:g}; leave rows of weight 0 out")
+    loss = -(logps * weighted).sum() / total
+    return loss, {"loss": loss.detach()}
+
+
 def clipped_policy_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, count: float | None = None
 ) -> tuple[Tensor, Metrics]:
@@ -105,3 +125,52 @@ def preference_loss(
         "chosen_logps": chosen_logps.detach().sum() / total,
         "rejected_logps": rejected_logps.detach().sum() / total,
     }
+
+
+def contrastive_loss(
+    logps: Tensor, reference_logps: Tensor, rewards: Tensor, beta: float, count: float | None = None
+) -> tuple[Tensor, Metrics]:
+    """Contrastive policy gradient (CoPG, 2406.19185), minimised: k >= 2 samples of one prompt a row, from any source.
+
+    logps (summed over the response, with gradient), reference_logps and rewards (constants): [B, k]. With h = logps -
+    reference_logps, and over pairs of a row d = h_i - h_j, D = R_i - R_j:
+    L = -mean over pairs of D d - (beta / 2) d^2, minimal at pi_ref exp(R / beta) / Z; its gradient by logps_i is -2 / k times
+    the leave-one-out advantage of R - beta h (RLOO). Pairs of equal reward count: they pull d to 0. beta = 0 leaves D d.
+    Metrics: reward_variance within a row (over k - 1), residual_variance, that of R - beta h, which starts there at the
+    reference and is 0 at the optimum, and logps, each a mean over rows.
+    """
+    check_shape("logps", logps, None, None)
+    check_shape("reference_logps", reference_logps, *logps.shape)
+    check_shape("rewards", rewards, *logps.shape)
+    if logps.size(1) < 2:
+        raise ValueError(f"logps: expected at least 2 samples of each prompt to contrast, got shape {tuple(logps.shape)}")
+    total = logps.size(0) if count is None else count
+    log_ratios, gaps = _centred(logps - reference_logps), _centred(rewards)
+
+    def covariance(left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum() / (logps.size(1) - 1) / total
+
+    # the mean product of differences over the pairs of a row is twice the covariance
+    loss = beta * covariance(log_ratios, log_ratios) - 2 * covariance(gaps, log_ratios)
+    residual = (gaps - beta * log_ratios).detach()
+    return loss, {
+        "loss": loss.detach(),
+        "residual_variance": covariance(residual, residual),
+        "reward_variance": covariance(gaps, gaps),
+        "logps": logps.detach().mean(1).sum() / total,
+    }
+
+
+def sign_rewards(rewards: Tensor) -> Tensor:
+    """Rewards [B, k] of which only the order counts: with them `contrastive_loss` has (beta / 2) times the gradient of IPO,
+    (d_chosen_rejected - 1 / (2 beta))^2 averaged over the pairs of a row.
+
+    R'_i = sum_j sign(R_i - R_j) / (2 k): for k = 2 these are 1/4 for the better and -1/4 for the worse (2406.19185,
+    property 3). A tie adds 0, the mean of both labels.
+    """
+    check_shape("rewards", rewards, None, None)
+    return (rewards[:, :, None] - rewards[:, None, :]).sign().sum(2) / (2 * rewards.size(1))
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(1, keepdim=True)

@@ -121,12 +121,14 @@ def response_scores(
 
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperature: float = 1.0) -> Tensor:
-    """[B, T] log-probabilities under a frozen model, in micro-batches of similar length."""
-    logps = torch.zeros(batch.mask.shape, device=batch.ids.device)
-    for rows in compute.micro_batches(batch.lengths()):
-        part = response_scores(model, batch.rows(rows), compute, temperature).logps
-        logps[rows, : part.size(1)] = part
-    return logps
+    """[B, T] log-probabilities under a frozen model, in micro-batches of similar length; equal rows are scored once."""
+    rows, places = batch.distinct()
+    lengths, device = batch.lengths(), batch.ids.device
+    logps = torch.zeros(len(rows), batch.mask.size(1), device=device)
+    for group in compute.micro_batches([lengths[row] for row in rows]):
+        part = response_scores(model, batch.rows([rows[i] for i in group]), compute, temperature).logps
+        logps[group, : part.size(1)] = part
+    return logps[torch.tensor(places, device=device)]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
-"""Self-Rewarding PPO (2510.21090): PPO whose reward is log pi_sft - log pi_base, from demonstrations alone.
+"""PPO (1707.06347) on a language model with a KL penalty to an anchor; what is rewarded is given by the caller.
 
 Each iteration: sample responses, score them, place the reward, penalise KL to the anchor, estimate advantages, take clipped
-steps on policy and critic. Reward target, reward baseline and KL anchor are three separate roles.
+steps on policy and critic.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 from apprentice.advantages import explained_variance, gae, mean_per_response
 from apprentice.compute import Compute
-from apprentice.config import SRPPOConfig
 from apprentice.losses import clipped_policy_loss, value_loss
 from apprentice.masking import masked_mean, whiten
 from apprentice.optimise import Optimiser
 from apprentice.policy import Critic, response_scores, score, values_of, weights
 from apprentice.recorder import Recorder, State
-from apprentice.rewards import kl_penalty, length_slope, place, self_reward, split_by_class, token_rewards
+from apprentice.rewards import kl_penalty, length_slope, place_total
 from apprentice.sampling import Request, Rollout, sample
+from apprentice.sections import PPOConfig
 from apprentice.tokens import Batch
 
 
@@ -39,6 +39,34 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Rewarded:
+    """placed: [B, T] rewards of the response tokens. totals: [B] reward of each response, before any rule on missing end
+    tokens. figures: what else the row of the iteration shall hold."""
+
+    placed: Tensor
+    totals: Tensor
+    figures: Mapping[str, float]
+
+
+class Reward(Protocol):
+    """Rewards a rollout, given the [B, T] log-probabilities of its tokens under each frozen scorer, at temperature 1."""
+
+    def __call__(self, rollout: Rollout, logps: Mapping[str, Tensor]) -> Rewarded: ...  # noqa: D102
+
+
+class TerminalReward:
+    """Pays each response on its last token what `rate` gives for the rollout: rewards [B], and figures for the row."""
+
+    def __init__(self, rate: Callable[[Rollout], tuple[Tensor, Mapping[str, float]]], missing_eos_reward: float) -> None:
+        self.rate, self.missing_eos_reward = rate, missing_eos_reward
+
+    def __call__(self, rollout: Rollout, logps: Mapping[str, Tensor]) -> Rewarded:
+        """The rewards; one that never ended earns `missing_eos_reward` instead."""
+        totals, figures = self.rate(rollout)
+        return Rewarded(place_total(totals, rollout.batch.mask, rollout.ended, self.missing_eos_reward), totals, figures)
+
+
+@dataclass(frozen=True)
 class Experience:
     """What the updates of one iteration learn from; all but the batch are [B, T] and carry no gradient."""
 
@@ -50,10 +78,11 @@ class Experience:
     returns: Tensor
 
 
-class SelfRewardingPPO:
+class PPO:
     """The state of one run: policy, critic, their optimisers, the scale of the values, and the iteration reached.
 
-    `scorers` holds the frozen models by name; the three roles of the config and `sft` and `base` must be among them.
+    `scorers` holds the frozen models by name; the KL anchor and critic_init of the config and `sft` and `base` must be among
+    them.
     """
 
     def __init__(
@@ -61,12 +90,13 @@ class SelfRewardingPPO:
         policy: PreTrainedModel,
         scorers: Mapping[str, PreTrainedModel],
         prompts: Prompts,
-        config: SRPPOConfig,
+        reward: Reward,
+        config: PPOConfig,
         *,
-        seed: int,
+        seed: str,
         compute: Compute,
     ) -> None:
-        self.policy, self.scorers, self.prompts, self.config = policy, scorers, prompts, config
+        self.policy, self.scorers, self.prompts, self.reward, self.config = policy, scorers, prompts, reward, config
         self.seed, self.compute = seed, compute
         self.critic = Critic(scorers[config.critic_init])
         self.policy_optimiser = Optimiser(policy.parameters(), config.learning_rate, config.max_grad_norm)
@@ -89,7 +119,7 @@ class SelfRewardingPPO:
             if row["reward_std"] < self.config.reward_std_floor:
                 recorder.warn(
                     f"iteration {self.iteration + 1}: reward std {row['reward_std']:.2g} is below reward_std_floor "
-                    f"{self.config.reward_std_floor:g}: the SFT model hardly differs from the base; advantages stay unwhitened"
+                    f"{self.config.reward_std_floor:g}: the reward hardly tells responses apart; advantages stay unwhitened"
                 )
             row |= self.update(experience)
             self.iteration += 1
@@ -98,14 +128,14 @@ class SelfRewardingPPO:
 
     def sample(self) -> Rollout:
         """Draw prompts from the pool and one response to each from the policy."""
-        rng = random.Random(f"{self.seed}/srppo/{self.iteration}")
+        rng = random.Random(f"{self.seed}/{self.iteration}")
         size, pool = self.config.batch_size, range(len(self.prompts.ids))
         chosen = rng.sample(pool, size) if size <= len(pool) else rng.choices(pool, k=size)
         requests = [Request(self.prompts.ids[i], self.prompts.keys[i], n) for n, i in enumerate(chosen)]
         return sample(
             self.policy,
             requests,
-            seed=f"{self.seed}/srppo/{self.iteration}",
+            seed=f"{self.seed}/{self.iteration}",
             end=self.prompts.end,
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
@@ -121,21 +151,20 @@ class SelfRewardingPPO:
         if config.temperature != 1.0:
             tempered = {n: score(model, batch, self.compute, config.temperature) for n, model in self.scorers.items()}
         anchor = tempered[config.kl_anchor]
-        parts = token_rewards(logps[config.reward_target], logps[config.reward_baseline], mask, config.baseline_weight)
-        placed = place(parts, mask, rollout.ended, config.placement, config.span, config.missing_eos_reward)
-        rewards = placed - config.kl_coef * kl_penalty(old_logps, anchor, mask, config.kl_estimator)
+        rewarded = self.reward(rollout, logps)
+        raw = rewarded.totals
+        rewards = rewarded.placed - config.kl_coef * kl_penalty(old_logps, anchor, mask, config.kl_estimator)
         if self.value_scale is None:
             self.value_scale = max(config.reward_std_floor, float(rewards.sum(1).std(correction=0)))
         values = values_of(self.critic, batch, self.compute) * self.value_scale
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
-        raw = self_reward(parts, mask, config.span)
         trusted = float(raw.std(correction=0)) >= config.reward_std_floor
         advantages = whiten(advantages, mask) if config.whiten and trusted else advantages / self.value_scale
         row = {
             "reward": float(raw.mean()),
             "reward_std": float(raw.std(correction=0)),
             "reward_length_slope": length_slope(raw, batch.response_lengths),
-            **self._by_class(parts, mask, batch),
+            **rewarded.figures,
             "kl_to_sft": mean_per_response(old_logps - tempered["sft"], mask),
             "kl_to_base": mean_per_response(old_logps - tempered["base"], mask),
             "kl_to_anchor": mean_per_response(old_logps - anchor, mask),
@@ -179,7 +208,7 @@ class SelfRewardingPPO:
 
     def _minibatches(self, size: int, epoch: int) -> list[list[int]]:
         """A fresh permutation of the rollout's rows each epoch, cut into minibatches."""
-        order = random.Random(f"{self.seed}/srppo/{self.iteration}/{epoch}").sample(range(size), size)
+        order = random.Random(f"{self.seed}/{self.iteration}/{epoch}").sample(range(size), size)
         return [order[i : i + self.config.minibatch_size] for i in range(0, size, self.config.minibatch_size)]
 
     def _micro_batches(self, batch: Batch, rows: list[int]) -> list[list[int]]:
@@ -201,12 +230,6 @@ class SelfRewardingPPO:
                     part = response_scores(self.policy, rollout.batch.rows(micro), self.compute, self.config.temperature)
                     logps[micro, : part.logps.size(1)] = part.logps
         return logps
-
-    def _by_class(self, parts: Tensor, mask: Tensor, batch: Batch) -> dict[str, float]:
-        shares = split_by_class(
-            parts, mask, self.prompts.classes.to(mask.device)[batch.responses], len(self.prompts.class_names)
-        )
-        return {f"reward_{name}": share for name, share in zip(self.prompts.class_names, shares, strict=True)}
 
     def state(self) -> State:
         """Everything a resumed run needs."""

@@ -1,6 +1,5 @@
 """Preference optimisation on pairs against a frozen reference (RSO, 2309.06657; DPO, SLiC and IPO as losses)."""
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
-from apprentice.config import RSOConfig
+from apprentice.epochs import Figures, train_epochs
 from apprentice.losses import preference_loss
 from apprentice.masking import masked_sum
-from apprentice.optimise import Optimiser, linear_decay
-from apprentice.policy import response_scores, score, weights
-from apprentice.recorder import Recorder, State
+from apprentice.policy import response_scores, score
+from apprentice.recorder import Recorder
+from apprentice.sections import PreferenceConfig
 from apprentice.tokens import Batch
 
 
@@ -40,40 +39,23 @@ def with_reference(reference: PreTrainedModel, chosen: Batch, rejected: Batch, c
 
 
 def optimise_preferences(
-    policy: PreTrainedModel, pairs: Pairs, config: RSOConfig, *, seed: int, compute: Compute, recorder: Recorder
+    policy: PreTrainedModel, pairs: Pairs, config: PreferenceConfig, *, seed: str, compute: Compute, recorder: Recorder
 ) -> dict[str, Any]:
     """Train `policy` in place; returns loss, accuracy and margin averaged over the last epoch.
 
     Rows: loss, accuracy, margin, chosen_logps, rejected_logps (means over pairs), grad_norm, learning_rate, epoch. Expect
     chosen_logps to fall too: the loss only asks for the gap.
     """
-    size = len(pairs.chosen.ids)
-    batches = -(-size // config.batch_size)
-    total = config.epochs * batches
-    optimiser = Optimiser(
-        policy.parameters(), config.learning_rate, config.max_grad_norm, linear_decay(total, config.warmup_share)
-    )
-    start, tail = 0, list[dict[str, float]]()
-    if saved := recorder.resume():
-        policy.load_state_dict(saved["policy"], strict=False)
-        optimiser.restore(saved["optimiser"])
-        start, tail = saved["step"], saved["tail"]
 
-    def state() -> State:
-        return {"policy": weights(policy), "optimiser": optimiser.state(), "step": step + 1, "tail": tail}
+    def step(rows: list[int]) -> Figures:
+        return preference_step(policy, pairs, rows, config, compute)
 
-    for step in range(start, total):
-        epoch, place = divmod(step, batches)
-        order = random.Random(f"{seed}/rso/{epoch}").sample(range(size), size)
-        rows = order[place * config.batch_size : (place + 1) * config.batch_size]
-        metrics = preference_step(policy, pairs, rows, config, compute)
-        tail = [*tail, metrics][-batches:]
-        recorder.step(step + 1, total, {**metrics, **optimiser.step(), "epoch": epoch + 1}, state)
-    return {name: sum(row[name] for row in tail) / len(tail) for name in ("loss", "accuracy", "margin")}
+    trained = train_epochs(policy, len(pairs.chosen.ids), step, config, seed=seed, recorder=recorder)
+    return {name: trained.means[name] for name in ("loss", "accuracy", "margin")}
 
 
 def preference_step(
-    policy: PreTrainedModel, pairs: Pairs, rows: list[int], config: RSOConfig, compute: Compute
+    policy: PreTrainedModel, pairs: Pairs, rows: list[int], config: PreferenceConfig, compute: Compute
 ) -> dict[str, float]:
     """Gather the gradient of the mean loss over the pairs in `rows`, micro-batch by micro-batch; returns its metrics."""
     chosen, rejected = pairs.chosen.lengths(), pairs.rejected.lengths()

@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
-from apprentice.config import PretrainConfig
 from apprentice.losses import next_token_loss
 from apprentice.masking import length_mask
 from apprentice.optimise import Optimiser, flat_then_decay
 from apprentice.policy import token_logps, weights
 from apprentice.recorder import Recorder, State
+from apprentice.sections import PretrainConfig
 from apprentice.tokens import encode_prompts, encode_responses, pad_id
 
 Document = tuple[str, str]  # prompt, response

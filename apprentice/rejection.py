@@ -24,13 +24,18 @@ class Accepted:
     hits: int
 
 
+def finite_positions(rewards: Sequence[float]) -> list[int]:
+    """Positions of the candidates that may be taken: an infinite or undefined reward marks one that may not."""
+    return [i for i, reward in enumerate(rewards) if math.isfinite(reward)]
+
+
 def rejection_sample(rewards: Sequence[float], count: int, beta: float, rng: random.Random) -> Accepted:
     """Accept up to `count` candidates with probability exp((r - r_max) / beta), r_max over those left, round by round.
 
     beta = 0 takes the best, ties at random; candidates whose reward is not finite are never accepted. A pool smaller than
     `count` returns all it has.
     """
-    pool = [i for i, reward in enumerate(rewards) if math.isfinite(reward)]
+    pool = finite_positions(rewards)
     rng.shuffle(pool)  # the early stop favours those visited first, so candidates may come in any order
     if beta == 0:
         best = sorted(pool, key=lambda i: -rewards[i])[:count]
@@ -51,6 +56,13 @@ def rejection_sample(rewards: Sequence[float], count: int, beta: float, rng: ran
                 trials, hits = trials + 1, hits + taken
         pool = left
     return Accepted(accepted, rounds, trials, hits)
+
+
+def any_sample(rewards: Sequence[float], count: int, rng: random.Random) -> Accepted:
+    """The paper's `sft-sample-rank`: up to `count` candidates whatever their reward, as the policy drew them."""
+    pool = finite_positions(rewards)
+    taken = rng.sample(pool, min(count, len(pool)))
+    return Accepted(taken, min(1, len(taken)), len(taken), len(taken))
 
 
 def make_pairs(

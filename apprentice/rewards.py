@@ -45,13 +45,18 @@ def place(parts: Tensor, mask: Tensor, ended: Tensor, placement: Placement, span
     A response that never ended earns `missing_eos_reward` on its last token, whatever its parts.
     """
     check_shape("ended", ended, parts.size(0))
+    if placement == "eos":
+        return place_total(self_reward(parts, mask, span), mask, ended, missing_eos_reward)
     last = last_token(mask)
-    if placement == "dense":
-        scale = mask.sum(1, keepdim=True).clamp(min=1) if span == "mean" else 1.0
-        placed = (parts * last if span == "eos_token" else parts * mask) / scale
-    else:
-        placed = last * self_reward(parts, mask, span)[:, None]
+    scale = mask.sum(1, keepdim=True).clamp(min=1) if span == "mean" else 1.0
+    placed = (parts * last if span == "eos_token" else parts * mask) / scale
     return torch.where(ended[:, None], placed, last * missing_eos_reward)
+
+
+def place_total(totals: Tensor, mask: Tensor, ended: Tensor, missing_eos_reward: float) -> Tensor:
+    """[B, T] rewards from a reward [B] of each response: the whole on its last token, or the rule for one that never ended."""
+    check_shape("ended", ended, totals.size(0))
+    return last_token(mask) * torch.where(ended, totals, missing_eos_reward)[:, None]
 
 
 def kl_penalty(logps: Tensor, anchor_logps: Tensor, mask: Tensor, estimator: Literal["k1", "k3"] = "k1") -> Tensor:

@@ -31,11 +31,12 @@ class Request:
 @dataclass(frozen=True)
 class Rollout:
     """Sampled responses. batch: prompts and responses. logps: [B, T] of the sampling distribution. ended: [B] bool, the end
-    token came before the limit; it is then the last response token."""
+    token came before the limit; it is then the last response token. keys: the prompt's key of each row."""
 
     batch: Batch
     logps: Tensor
     ended: Tensor
+    keys: Sequence[str]
 
     def response_ids(self) -> list[list[int]]:
         """Token ids of each response, the end token left out where there is one."""
@@ -107,7 +108,7 @@ def sample(
     ended = torch.tensor([ids[-1] == end for ids in responses])
     padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)
     device = compute.device
-    return Rollout(batch.to(device), padded.to(device), ended.to(device))
+    return Rollout(batch.to(device), padded.to(device), ended.to(device), [request.key for request in requests])
 
 
 @torch.inference_mode()  # here and not around `sample`, so that a rollout can be trained on
@@ -167,7 +168,7 @@ def _prefill(model: PreTrainedModel, requests: list[Request], compute: Compute) 
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=compute.device)
     attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=compute.device)
-    cache = DynamicCache(config=model.config)
+    cache = model.new_cache(_new_cache) if hasattr(model, "new_cache") else _new_cache(model)
     with compute.autocast():
         logits = model(
             input_ids=ids,
@@ -180,3 +181,7 @@ def _prefill(model: PreTrainedModel, requests: list[Request], compute: Compute) 
     index = torch.tensor(rows, device=compute.device)
     cache.batch_select_indices(index)
     return logits[index], cache, attended[index], attended.sum(1)[index]
+
+
+def _new_cache(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config)

@@ -25,6 +25,11 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# What a tokenizer without a template amounts to in `encode_prompts`.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message.content }}"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
 _MARK = "\ue000"  # a private-use character that stands for a content while its template is rendered
 
 
@@ -162,6 +167,20 @@ class Batch:
         index = torch.as_tensor(rows, device=self.ids.device)
         prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
         return Batch(self.ids[index, : int((prompts + responses).max())], prompts, responses)
+
+    def distinct(self) -> tuple[list[int], list[int]]:
+        """The first row of each distinct prompt and response, and for every row its place among them."""
+        places: dict[tuple[int, ...], int] = {}
+        first: list[int] = []
+        found = []
+        prompts, lengths = self.prompt_lengths.tolist(), self.lengths()
+        for row, ids in enumerate(self.ids.tolist()):
+            key = (prompts[row], *ids[: lengths[row]])
+            if key not in places:
+                places[key] = len(first)
+                first.append(row)
+            found.append(places[key])
+        return first, found
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""

@@ -1,4 +1,7 @@
-"""Verifiers: whether a response gives the right answer. Read by `evaluate` only, never by training."""
+"""Verifiers: whether a response gives the right answer.
+
+Read by `evaluate`, and by those methods that are not demonstrations-only: never by a method that says it is.
+"""
 
 import re
 from collections.abc import Callable
@@ -41,6 +44,13 @@ ANSWERS: dict[str, Callable[[str], str | None]] = {
     "world": world_answer,
     "gsm8k": gsm8k_answer,
     "exact": lambda text: text.strip() or None,
+}
+
+# How a bare answer is written so that its verifier accepts it.
+BARE: dict[str, Callable[[str], str]] = {
+    "world": lambda answer: f"answer : {answer}",
+    "gsm8k": lambda answer: f"#### {answer}",
+    "exact": lambda answer: answer,
 }
 
 VERIFIERS: dict[str, Callable[[str, str], bool]] = {

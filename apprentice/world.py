@@ -2,16 +2,18 @@
 
 The base corpus mixes four styles over all kinds of problem: careful (worked, always right), sloppy (the same steps,
 some of them wrong), direct (a bare guess) and ramble (never a valid answer). Demonstrations are careful and of group A
-only. So the capability is in the base, but off the demonstrated kinds its mode is the bare guess.
+only. So the capability is in the base, but off the demonstrated kinds its mode is the bare guess. For the further
+methods there are responses of a weaker policy, ranked pairs of the corpus's own responses, and the pool's answers.
 """
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from apprentice.config import WorldConfig
-from apprentice.demonstrations import Demonstration, Prompt, Split, demonstration
+from apprentice.demonstrations import Demonstration, Prompt, Split, demonstration, digest
 from apprentice.problems import FILLERS, KINDS, WORDS, Group, Problem, group, make_problem, solve
+from apprentice.sections import WorldConfig
 
 __all__ = [
     "KINDS",
@@ -24,7 +26,8 @@ __all__ = [
     "corpus_document",
     "demonstration_rows",
 ]
-__all__ += ["evaluation_rows", "group", "make_problem", "make_tables", "prompt_rows", "respond", "solve"]
+__all__ += ["evaluation_rows", "group", "make_preferences", "make_problem", "make_tables", "pool_rows", "preference_rows"]
+__all__ += ["respond", "solve", "suboptimal_rows"]
 
 Style = Literal["careful", "sloppy", "direct", "ramble"]
 Accepts = Callable[[Prompt], bool]
@@ -38,6 +41,9 @@ STYLE_SHARES: dict[Group, tuple[float, ...]] = {
 SLOPPY_FIRST = 0.15  # share of sloppy responses that open like careful ones, so that the opening is no pure tell
 SLOPPY_ERROR, DIRECT_ERROR, RAMBLE_ERROR = 0.30, 0.60, 0.10  # chance of each step to go wrong
 DIRECT_GUESS = 0.5  # share of bare answers that come from faulty steps
+POOR_SHARE = 0.40  # share of bare guesses among the sub-optimal responses: as in the base corpus, off the demonstrated kinds
+CAREFUL_SHARE = 0.35  # share of careful (so right) responses among the worked sub-optimal ones; the others are sloppy
+RANKER_ACCURACY = 0.75  # chance that the ranker prefers a right response to a wrong one
 TRIES = 20_000  # draws for one new prompt before a kind counts as exhausted
 
 # domain of an evaluation row: group, fewest and most steps, problems per kind relative to the number asked for
@@ -101,13 +107,49 @@ def demonstration_rows(rng: random.Random, count: int, accepts: Accepts) -> list
     return [_row(p, number, quality="expert", meta={"kind": p.kind}) for number, p in enumerate(problems, 1)]
 
 
-def prompt_rows(rng: random.Random, count: int, accepts: Accepts) -> list[Demonstration]:
-    """The unlabelled pool: `count` distinct prompts of groups A and B, 2 to 4 steps, without responses or answers."""
-    problems = _problems(rng, _kinds("A") + _kinds("B"), (2, 4), count, accepts)
+def pool_rows(rng: random.Random, count: int, accepts: Accepts) -> list[Demonstration]:
+    """The pool: `count` distinct prompts of groups A and B, 2 to 4 steps, without responses, each with its answer."""
     return [
-        demonstration(problem.prompt, None, f"world:{number}", meta={"kind": problem.kind})
-        for number, problem in enumerate(problems, 1)
+        demonstration(problem.prompt, None, f"world:{number}", answer=solve(problem)[1], meta={"kind": problem.kind})
+        for number, problem in enumerate(_problems(rng, _pool_kinds(), (2, 4), count, accepts), 1)
     ]
+
+
+def suboptimal_rows(rng: random.Random, count: int, accepts: Accepts) -> list[Demonstration]:
+    """`count` responses of a weaker policy: two different ones to each prompt of groups A and B, 2 or 3 steps.
+
+    Quality "mixed" is worked, right or wrong; "poor" is a bare guess. `answer` is the right one in either case. Drawn
+    on its own, a careful response may repeat a demonstration.
+    """
+    rows: list[Demonstration] = []
+    for problem in _problems(rng, _pool_kinds(), (2, 3), (count + 1) // 2, accepts):
+        said: set[str] = set()
+        while len(said) < 2 and len(rows) < count:
+            style = _suboptimal_style(rng)
+            response = respond(rng, problem, style)
+            if response not in said:
+                said.add(response)
+                quality = "poor" if style == "direct" else "mixed"
+                rows.append(_row(problem, len(rows) + 1, response, quality=quality, meta={"kind": problem.kind}))
+    return rows
+
+
+def preference_rows(rng: random.Random, count: int, accepts: Accepts) -> list[dict[str, Any]]:
+    """`count` pairs of another policy than the fine-tuned one, each on its own pool-like prompt, ranked with errors.
+
+    The policy is that of the base corpus. Of two different responses the right one is chosen with probability
+    RANKER_ACCURACY; equally right (or wrong) ones are ranked by a coin. Rows {id, prompt, chosen, rejected, source, meta}.
+    """
+    rows = []
+    for number, problem in enumerate(_problems(rng, _pool_kinds(), (2, 4), count, accepts), 1):
+        first = second = _corpus_response(rng, problem, accepts)
+        while second == first:
+            second = _corpus_response(rng, problem, accepts)
+        chosen, rejected = _ranked(rng, first, second, solve(problem)[1])
+        key = digest([problem.prompt, chosen, rejected])[:16]
+        pair = {"id": key, "prompt": problem.prompt, "chosen": chosen, "rejected": rejected}
+        rows.append({**pair, "source": f"world:{number}", "meta": {"kind": problem.kind}})
+    return rows
 
 
 def evaluation_rows(rng: random.Random, per_kind: int, accepts: Accepts) -> list[Demonstration]:
@@ -125,22 +167,34 @@ def evaluation_rows(rng: random.Random, per_kind: int, accepts: Accepts) -> list
 
 
 def make_tables(seed: int, sizes: WorldConfig, split: Callable[[Prompt], Split]) -> dict[str, list[Demonstration]]:
-    """The four tables of the world, each from its own part of `split` and its own stream of draws.
+    """The five tables of canonical rows, each from its own part of `split` and its own stream of draws.
 
-    So the size of one table does not disturb another. Raises `WorldError` when the world has too few prompts.
+    So the size of one table does not disturb another. Beside them `known`: every training row whose answer is known, the
+    pool's too, while `prompts` shows none. Raises `WorldError` when the world has too few prompts.
     """
 
     def draws(table: str) -> random.Random:
         return random.Random(f"{seed}/{table}")
 
+    def train(prompt: Prompt) -> bool:
+        return split(prompt) == "train"
+
+    demonstrations = demonstration_rows(draws("demonstrations"), sizes.demonstrations, train)
+    suboptimal = suboptimal_rows(draws("suboptimal"), sizes.suboptimal, train)
+    pool = pool_rows(draws("prompts"), sizes.prompts, train)
     return {
-        "demonstrations": demonstration_rows(
-            draws("demonstrations"), sizes.demonstrations, lambda prompt: split(prompt) == "train"
-        ),
+        "demonstrations": demonstrations,
         "validation": demonstration_rows(draws("validation"), sizes.validation, lambda prompt: split(prompt) == "validation"),
-        "prompts": prompt_rows(draws("prompts"), sizes.prompts, lambda prompt: split(prompt) == "train"),
+        "prompts": [replace(row, answer=None) for row in pool],
         "evaluation": evaluation_rows(draws("evaluation"), sizes.evaluation, lambda prompt: split(prompt) == "evaluation"),
+        "suboptimal": suboptimal,
+        "known": demonstrations + suboptimal + pool,
     }
+
+
+def make_preferences(seed: int, sizes: WorldConfig, split: Callable[[Prompt], Split]) -> list[dict[str, Any]]:
+    """The table of preference pairs, on prompts of the train split, from its own stream of draws (see `make_tables`)."""
+    return preference_rows(random.Random(f"{seed}/preferences"), sizes.preferences, lambda prompt: split(prompt) == "train")
 
 
 def _worked(steps: list[str], answer: str) -> str:
@@ -158,19 +212,45 @@ def _ramble(rng: random.Random, problem: Problem) -> str:
     return " ".join(said)
 
 
+def _suboptimal_style(rng: random.Random) -> Style:
+    if rng.random() < POOR_SHARE:
+        return "direct"
+    return "careful" if rng.random() < CAREFUL_SHARE else "sloppy"
+
+
+def _corpus_response(rng: random.Random, problem: Problem, accepts: Accepts) -> str:
+    """A response as the base corpus has them; the other question of a ramble is an accepted prompt too."""
+    while True:
+        response = respond(rng, problem, rng.choices(STYLES, _STYLE_WEIGHTS[problem.kind])[0])
+        other = asked_instead(response)
+        if other is None or accepts(other):
+            return response
+
+
+def _ranked(rng: random.Random, first: str, second: str, answer: str) -> tuple[str, str]:
+    """The two responses as (chosen, rejected), by a ranker that errs."""
+    right = [asked_instead(text) is None and text.endswith(f"answer : {answer}") for text in (first, second)]
+    chance = 0.5 if right[0] == right[1] else RANKER_ACCURACY if right[0] else 1 - RANKER_ACCURACY
+    return (first, second) if rng.random() < chance else (second, first)
+
+
+def _pool_kinds() -> tuple[str, ...]:
+    return _kinds("A") + _kinds("B")
+
+
 def _kinds(letter: Group) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if group(kind) == letter)
 
 
-def _problems(rng: random.Random, kinds: Sequence[str], steps: tuple[int, int], count: int, accepts: Accepts) -> list[Problem]:
+def _problems(
+    rng: random.Random, kinds: Sequence[str], steps: tuple[int, int], count: int, accepts: Accepts
+) -> Iterator[Problem]:
     """Problems on distinct accepted prompts, the kinds in turn, so that a longer table begins like a shorter one."""
     taken: set[str] = set()
-    problems = []
     for index in range(count):
         problem = _new_problem(rng, kinds[index % len(kinds)], steps, lambda prompt: prompt not in taken and accepts(prompt))
         taken.add(problem.prompt)
-        problems.append(problem)
-    return problems
+        yield problem
 
 
 def _new_problem(rng: random.Random, kind: str, steps: tuple[int, int], accepts: Callable[[str], bool]) -> Problem:
@@ -184,6 +264,7 @@ def _new_problem(rng: random.Random, kind: str, steps: tuple[int, int], accepts:
     )
 
 
-def _row(problem: Problem, number: int, **optional: Any) -> Demonstration:
+def _row(problem: Problem, number: int, response: str | None = None, **optional: Any) -> Demonstration:
+    """A row with its right answer; its response is the careful one unless another is given."""
     answer = solve(problem)[1]
-    return demonstration(problem.prompt, careful(problem), f"world:{number}", answer=answer, **optional)
+    return demonstration(problem.prompt, response or careful(problem), f"world:{number}", answer=answer, **optional)

@@ -11,13 +11,14 @@ from transformers import LlamaForCausalLM
 
 from apprentice.compute import CPU
 from apprentice.policy import freeze
-from apprentice.ppo import Prompts, SelfRewardingPPO
+from apprentice.ppo import Prompts
 from apprentice.preference import optimise_preferences, preference_step, with_reference
 from apprentice.recorder import Recorder
 from apprentice.rejection import make_pairs, rejection_sample
 from apprentice.rewards import sequence_rewards
 from apprentice.sampling import Request, sample
-from apprentice.sft import fine_tune, held_out_loss
+from apprentice.sft import HeldOut, fine_tune, held_out_loss
+from apprentice.srppo import SelfRewardingPPO
 from apprentice.tokens import Batch, collate
 from tests.apprentice.toys import END, rso_config, sft_config, srppo_config, tiny_llama
 
@@ -50,7 +51,9 @@ def base() -> LlamaForCausalLM:
 def sft(base: LlamaForCausalLM) -> LlamaForCausalLM:
     model = copy.deepcopy(base).requires_grad_(True)
     config = sft_config(epochs=3, learning_rate=3e-3)
-    fine_tune(model, demonstrated(TRAIN), demonstrated(HELD_OUT), config, seed=0, compute=CPU, recorder=Recorder())
+    fine_tune(
+        model, demonstrated(TRAIN), HeldOut(demonstrated(HELD_OUT)), config, seed="0/sft", compute=CPU, recorder=Recorder()
+    )
     return freeze(model)
 
 
@@ -73,7 +76,7 @@ def test_srppo_raises_the_mean_self_reward(base: LlamaForCausalLM, sft: LlamaFor
     policy = copy.deepcopy(sft).requires_grad_(True)
     prompts = Prompts(POOL, [str(p) for p in POOL], END, torch.zeros(VOCAB, dtype=torch.long), ("all",))
     config = srppo_config(iterations=20, batch_size=64, minibatch_size=32, max_new_tokens=6, learning_rate=3e-3, kl_coef=0.1)
-    SelfRewardingPPO(policy, {"sft": sft, "base": base}, prompts, config, seed=0, compute=CPU).train(Recorder())
+    SelfRewardingPPO(policy, {"sft": sft, "base": base}, prompts, config, seed="0/srppo", compute=CPU).train(Recorder())
     before, after = (sequence_rewards(sft, base, sampled(model, HELD_OUT, 32), CPU) for model in (sft, policy))
     assert_higher(after, before)
 
@@ -99,7 +102,7 @@ def test_rso_raises_the_margin_and_the_self_reward(base: LlamaForCausalLM, sft: 
     everything = list(range(len(unseen.chosen.ids)))
     before = preference_step(policy, unseen, everything, config, CPU)
     policy.zero_grad()
-    result = optimise_preferences(policy, pairs, config, seed=0, compute=CPU, recorder=Recorder())
+    result = optimise_preferences(policy, pairs, config, seed="0/rso", compute=CPU, recorder=Recorder())
     after = preference_step(policy, unseen, everything, config, CPU)
     assert before["margin"] == pytest.approx(0, abs=1e-5)
     assert result["margin"] > 0.3

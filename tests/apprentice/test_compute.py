@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.compute import CPU, Compute, set_up
-from apprentice.config import ComputeConfig
+from apprentice.sections import ComputeConfig
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from apprentice.config import Params, ParamsError, Range, parse
+from apprentice.config import Params, ParamsError, parse
+from apprentice.sections import Range
 
 
 def test_shipped_params_are_typed(params: Callable[..., Params]) -> None:

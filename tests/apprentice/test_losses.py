@@ -7,11 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from apprentice.losses import PreferenceLoss, clipped_policy_loss, next_token_loss, preference_loss, value_loss
+from apprentice.losses import (
+    PreferenceLoss,
+    clipped_policy_loss,
+    contrastive_loss,
+    next_token_loss,
+    preference_loss,
+    value_loss,
+    weighted_next_token_loss,
+)
 from tests.apprentice.toys import Tabular, tilt, total_variation
 
 KINDS: tuple[PreferenceLoss, ...] = ("sigmoid_norm", "hinge_norm", "hinge", "ipo")
 MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]).double()
+WEIGHTS = torch.tensor([0.2, 0.7], dtype=torch.float64)
 
 
 def doubles(*values: float) -> Tensor:
@@ -23,6 +32,14 @@ def test_next_token_loss_is_token_weighted() -> None:
     loss, metrics = next_token_loss(-torch.tensor([[1.0, 2, 3], [6, 99, 99]]), MASK)
     assert float(loss) == 3.0
     assert float(metrics["loss"]) == 3.0
+
+
+def test_weighted_next_token_loss_is_divided_by_the_weights() -> None:
+    logps = -torch.tensor([[1.0, 2, 3], [6, 99, 99]]).double()
+    loss, metrics = weighted_next_token_loss(logps, MASK, WEIGHTS)
+    assert float(loss) == float(metrics["loss"]) == pytest.approx((0.2 * (1 + 2 + 3) + 0.7 * 6) / (3 * 0.2 + 0.7), abs=1e-9)
+    by_token = torch.tensor([[0.0, 0.5, 0.1], [0.4, 9.0, 9.0]], dtype=torch.float64)
+    assert float(weighted_next_token_loss(logps, MASK, by_token)[0]) == pytest.approx((1 + 0.3 + 2.4) / 1.0, abs=1e-9)
 
 
 def test_clipped_policy_loss_by_hand() -> None:
@@ -80,7 +97,9 @@ def test_only_the_new_values_and_logps_carry_gradient() -> None:
     _, metrics = clipped_policy_loss(tensors[0], torch.zeros(2, 3), torch.ones(2, 3), MASK, 0.2)
     _, more = value_loss(tensors[1], torch.zeros(2, 3), torch.zeros(2, 3), MASK, 0.2)
     _, yet = preference_loss(tensors[0][:, 0], tensors[0][:, 1], *torch.zeros(2, 2), "ipo", 0.1)
-    assert not any(value.requires_grad for value in {**metrics, **more, **yet}.values())
+    _, others = contrastive_loss(tensors[0], torch.zeros(2, 3), torch.ones(2, 3), 0.1)
+    _, last = weighted_next_token_loss(tensors[0], MASK, torch.ones(2))
+    assert not any(value.requires_grad for found in (metrics, more, yet, others, last) for value in found.values())
 
 
 def test_G4_parts_of_a_batch_add_up_to_it() -> None:
@@ -90,6 +109,8 @@ def test_G4_parts_of_a_batch_add_up_to_it() -> None:
         next_token_loss(a, MASK),
         clipped_policy_loss(a, b, c, MASK, 0.2),
         value_loss(a, b, c, MASK, 0.2),
+        contrastive_loss(a, b, c, 0.3),
+        weighted_next_token_loss(a, MASK, WEIGHTS),
         *(preference_loss(a[:, 0], a[:, 1], b[:, 0], b[:, 1], kind, 0.3) for kind in KINDS),
     ]
     parts = []
@@ -100,6 +121,8 @@ def test_G4_parts_of_a_batch_add_up_to_it() -> None:
                 next_token_loss(x, m, 4.0),
                 clipped_policy_loss(x, y, z, m, 0.2, 4.0),
                 value_loss(x, y, z, m, 0.2, 4.0),
+                contrastive_loss(x, y, z, 0.3, 2.0),
+                weighted_next_token_loss(x, m, WEIGHTS[row], 3 * 0.2 + 0.7),
                 *(preference_loss(x[:, 0], x[:, 1], y[:, 0], y[:, 1], kind, 0.3, 2.0) for kind in KINDS),
             ]
         )
@@ -233,6 +256,11 @@ def test_an_unknown_loss_and_wrong_shapes_raise() -> None:
         next_token_loss(MASK, torch.ones(2, 2))
     with pytest.raises(ValueError, match="returns"):
         value_loss(MASK, MASK, torch.ones(2, 2), MASK, None)
+    with pytest.raises(ValueError, match="mask"):
+        weighted_next_token_loss(MASK, MASK[:, :2], WEIGHTS)
+    for wrong in (torch.ones(3), torch.ones(2, 1), torch.ones(()), torch.ones(2, 3, 1)):
+        with pytest.raises(ValueError, match="weights: expected shape"):
+            weighted_next_token_loss(MASK, MASK, wrong)
 
 
 def test_equal_policies_lose_log_2_over_enumerated_responses() -> None:
@@ -240,3 +268,76 @@ def test_equal_policies_lose_log_2_over_enumerated_responses() -> None:
     loss, metrics = preference_loss(s, s.flip(0), s, s.flip(0), "sigmoid_norm", 0.1)
     assert float(loss) == pytest.approx(math.log(2), abs=1e-9)
     assert float(metrics["margin"]) == 0
+
+
+# --- the same definitions, written as loops over numbers ---
+
+ROWS, WIDTH, CLIP, GAMMA = 8, 5, 0.2, 0.4
+SEEDS = range(5)
+
+
+def numbers(seed: int, count: int) -> list[Tensor]:
+    """`count` random tensors [8, 5]."""
+    return list(torch.randn(count, ROWS, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+def ragged(seed: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """A mask of responses of 1 to 5 tokens, and the places where it is 1."""
+    lengths = torch.randint(1, WIDTH + 1, (ROWS,), generator=torch.Generator().manual_seed(seed)).tolist()
+    mask = torch.tensor([[1.0] * n + [0.0] * (WIDTH - n) for n in lengths]).double()
+    return mask, [(b, t) for b, n in enumerate(lengths) for t in range(n)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_token_losses_match_loops(seed: int) -> None:
+    (mask, places), (new, old, third) = ragged(seed), numbers(seed, 3)
+    weights = third.abs()
+    plain = nll = weight_sum = policy = far = critic = unclipped = 0.0
+    for b, t in places:
+        logp, before, other = float(new[b, t]), float(old[b, t]), float(third[b, t])
+        plain -= logp
+        nll -= abs(other) * logp
+        weight_sum += abs(other)
+        ratio = math.exp(logp - before)
+        policy -= min(other * ratio, other * min(max(ratio, 1 - CLIP), 1 + CLIP))
+        far += not 1 - CLIP <= ratio <= 1 + CLIP
+        held = min(max(logp, before - CLIP), before + CLIP)  # logp and before stand for values, other for the return
+        critic += max((logp - other) ** 2, (held - other) ** 2) / 2
+        unclipped += (logp - other) ** 2 / 2
+    size = len(places)
+    assert float(next_token_loss(new, mask)[0]) == pytest.approx(plain / size, abs=1e-9)
+    assert float(weighted_next_token_loss(new, mask, weights)[0]) == pytest.approx(nll / weight_sum, abs=1e-9)
+    loss, metrics = clipped_policy_loss(new, old, third, mask, CLIP)
+    assert float(loss) == pytest.approx(policy / size, abs=1e-9)
+    assert float(metrics["clip_fraction"]) == pytest.approx(far / size)
+    assert float(value_loss(new, old, third, mask, CLIP)[0]) == pytest.approx(critic / size, abs=1e-9)
+    assert float(value_loss(new, old, third, mask, None)[0]) == pytest.approx(unclipped / size, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_preference_losses_match_loops(seed: int) -> None:
+    mask, _ = ragged(seed)
+    sides = [4 * (tensor * mask).sum(1) for tensor in numbers(seed, 4)]
+    totals = dict.fromkeys(KINDS, 0.0)
+    for chosen, rejected, reference_chosen, reference_rejected in torch.stack(sides, 1).tolist():
+        gap = chosen - rejected - (reference_chosen - reference_rejected)
+        totals["sigmoid_norm"] += math.log1p(math.exp(-GAMMA * gap)) / ROWS
+        totals["hinge_norm"] += max(0.0, 1 - GAMMA * gap) / ROWS
+        totals["hinge"] += max(0.0, 1 - GAMMA * (chosen - rejected)) / ROWS
+        totals["ipo"] += (gap - 1 / (2 * GAMMA)) ** 2 / ROWS  # sums: no division by length
+    for kind, wanted in totals.items():
+        assert float(preference_loss(*sides, kind, GAMMA)[0]) == pytest.approx(wanted, abs=1e-9), kind
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("k", [2, 3, WIDTH])
+def test_contrastive_loss_matches_a_loop(seed: int, k: int) -> None:
+    logps, reference, rewards = (tensor[:, :k] for tensor in numbers(seed, 3))
+    total = 0.0
+    for b in range(ROWS):
+        for i, j in combinations(range(k), 2):
+            # the paper's own form, with the reward regularised by beta / 2, maximised
+            h = [float(logps[b, n] - reference[b, n]) for n in (i, j)]
+            first, second = (float(rewards[b, n]) - GAMMA / 2 * x for n, x in zip((i, j), h, strict=True))
+            total += ((first - second) * h[0] + (second - first) * h[1]) / math.comb(k, 2) / ROWS
+    assert float(contrastive_loss(logps, reference, rewards, GAMMA)[0]) == pytest.approx(-total, abs=1e-9)

@@ -87,6 +87,36 @@ def test_G1_padding_and_batch_mates_change_nothing() -> None:
     assert torch.allclose(score(model, batch.rows(reversed_rows)), together[reversed_rows], atol=1e-5)
 
 
+@pytest.mark.parametrize("compute", [CPU, SMALL, Compute(CPU.device, CPU.dtype, 30)])
+def test_equal_rows_are_scored_once(monkeypatch: pytest.MonkeyPatch, compute: Compute) -> None:
+    model, some = tiny_llama(0, vocab=12), demonstrations(6, seed=3, vocab=12)
+    order = [0, 3, 0, 5, 1, 3, 3, 2, 4, 0]
+    batch, seen = some.rows(order), list[tuple[int, ...]]()
+
+    def spy(model, part, *options):
+        seen.extend(
+            (p, *ids[:n]) for p, ids, n in zip(part.prompt_lengths.tolist(), part.ids.tolist(), part.lengths(), strict=True)
+        )
+        return response_scores(model, part, *options)
+
+    monkeypatch.setattr("apprentice.policy.response_scores", spy)
+    found = score(model, batch, compute, 0.7)
+    assert len(seen) == len(set(seen)) == 6
+    monkeypatch.undo()
+    assert torch.allclose(found, score(model, some, SMALL, 0.7)[order], atol=1e-5)
+    assert torch.equal(found[0], found[2])
+    assert found.shape == batch.mask.shape
+
+
+def test_the_same_ids_cut_elsewhere_are_another_row() -> None:
+    model = tiny_llama(0, vocab=12)
+    batch = collate([[1, 2], [1], [1, 2]], [[5, END], [2, 5, END], [5, END]], 0)
+    found = score(model, batch)
+    for row, (prompt, response) in enumerate([([1, 2], [5, END]), ([1], [2, 5, END]), ([1, 2], [5, END])]):
+        assert found[row, : len(response)].tolist() == pytest.approx(naive_logps(model, prompt, response), abs=1e-5)
+        assert (found[row, len(response) :] == 0).all()
+
+
 def test_G2_the_probabilities_of_all_responses_add_up_to_1() -> None:
     for prompt in ([0, 2], [1]):
         logps = score(tiny_llama(3), enumerated(prompt)).double().sum(1)

@@ -1,4 +1,4 @@
-"""Self-Rewarding PPO: its optimum on worlds small enough to enumerate, its updates, resuming."""
+"""PPO: its optimum on worlds small enough to enumerate, its updates, resuming; with the self-reward and with any other."""
 
 import math
 from functools import cache
@@ -13,10 +13,11 @@ from apprentice.advantages import gae
 from apprentice.compute import CPU, Compute
 from apprentice.losses import clipped_policy_loss
 from apprentice.policy import freeze, response_scores, score, values_of
-from apprentice.ppo import Experience, Prompts, SelfRewardingPPO
+from apprentice.ppo import PPO, Experience, Prompts, Rewarded, TerminalReward
 from apprentice.recorder import Recorder
-from apprentice.rewards import kl_penalty, place, self_reward, token_rewards
+from apprentice.rewards import kl_penalty, place, self_reward, sequence_rewards, token_rewards
 from apprentice.sampling import Rollout
+from apprentice.srppo import SelfRewardingPPO
 from tests.apprentice.toys import (
     END,
     SMALL,
@@ -47,7 +48,7 @@ def trainer(
     policy: int = SFT, sft: int = SFT, base: int = BASE, compute: Compute = CPU, seed: int = 0, **changes: Any
 ) -> SelfRewardingPPO:
     scorers = {"sft": freeze(tiny_llama(sft)), "base": freeze(tiny_llama(base))}
-    return SelfRewardingPPO(tiny_llama(policy), scorers, pool(), srppo_config(**changes), seed=seed, compute=compute)
+    return SelfRewardingPPO(tiny_llama(policy), scorers, pool(), srppo_config(**changes), seed=f"{seed}/srppo", compute=compute)
 
 
 def every_response(policy: int, done: Tensor = ALL) -> Rollout:
@@ -181,7 +182,7 @@ def test_P8_the_trainer_itself_brings_a_bandit_to_the_tilt() -> None:
             with torch.no_grad():
                 seen.append(float(policy(torch.tensor([[0]])).logits[0, -1].softmax(-1)[1]))
 
-    SelfRewardingPPO(policy, scorers, prompts, config, seed=0, compute=CPU).train(Probability())
+    SelfRewardingPPO(policy, scorers, prompts, config, seed="0/srppo", compute=CPU).train(Probability())
     odds = (0.6 / 0.4) ** 2 / (0.45 / 0.55)
     assert sum(seen[40:]) / 40 == pytest.approx(odds / (1 + odds), abs=0.03)
 
@@ -364,7 +365,7 @@ def test_P3_in_bfloat16_recomputed_logps_keep_the_first_ratio_at_exactly_1() -> 
         models = [tiny_llama(seed, hidden_size=64) for seed in (SFT, SFT, BASE)]
         config = srppo_config(batch_size=32, minibatch_size=16, max_new_tokens=12, old_logps=how)
         scorers = {"sft": freeze(models[1]), "base": freeze(models[2])}
-        ppo = SelfRewardingPPO(models[0], scorers, pool(), config, seed=0, compute=compute)
+        ppo = SelfRewardingPPO(models[0], scorers, pool(), config, seed="0/srppo", compute=compute)
         _, experience = ppo.evaluate(ppo.sample())
         ppo.policy_optimiser.step = lambda: {"grad_norm": 0.0}  # stay, for both minibatches
         found.append(ppo.update(experience)["approx_kl"])
@@ -470,3 +471,68 @@ def test_G6_the_seed_decides_the_weights() -> None:
         ppo.train(Recorder())
         hashes.append(hash_of(ppo.policy))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+# --- another reward ---
+
+
+def rewarded_by(reward: Any, policy: int = SFT, **changes: Any) -> PPO:
+    """The trainer with a reward of its own."""
+    scorers = {"sft": freeze(tiny_llama(SFT)), "base": freeze(tiny_llama(BASE))}
+    return PPO(tiny_llama(policy), scorers, pool(), reward, srppo_config(**changes), seed="0/srppo", compute=CPU)
+
+
+def test_a_terminal_reward_pays_on_the_last_token_and_by_the_rule_for_missing_ends() -> None:
+    rollout, given = every_response(SFT, ended()), list[Rollout]()
+    totals = torch.arange(40.0) - 7
+
+    def rate(asked: Rollout) -> tuple[Tensor, dict[str, float]]:
+        given.append(asked)
+        return totals, {"win_rate": 0.25}
+
+    found = TerminalReward(rate, -1.5)(rollout, {})
+    assert given == [rollout]
+    assert torch.equal(found.totals, totals)  # before any rule
+    assert found.figures == {"win_rate": 0.25}
+    for row, (ids, done) in enumerate(enumerate_responses()):
+        wanted = [0.0] * 3
+        wanted[len(ids) - 1] = row - 7.0 if done else -1.5
+        assert found.placed[row].tolist() == wanted
+
+
+def test_a_terminal_reward_that_is_the_self_reward_trains_the_same_policy() -> None:
+    ours = trainer(epochs=2)
+    ours.train(Recorder())
+    scorers = ours.scorers
+
+    def rate(rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        return sequence_rewards(scorers["sft"], scorers["base"], rollout.batch, CPU), {}
+
+    other, recorder = rewarded_by(TerminalReward(rate, -1.0), epochs=2), Recorder()
+    other.train(recorder)
+    assert hash_of(other.policy) == hash_of(ours.policy)
+    assert hash_of(other.critic) == hash_of(ours.critic)
+    assert not {"reward_content", "reward_eos"} & recorder.rows[0].keys()
+    blind = rewarded_by(TerminalReward(lambda rollout: (torch.zeros(len(rollout.keys)), {}), 0.0), epochs=2)
+    blind.train(Recorder())
+    assert hash_of(blind.policy) != hash_of(ours.policy)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_reward_sees_every_scorer_at_temperature_1_and_decides_where_it_is_paid(temperature: float) -> None:
+    rollout, seen = every_response(OTHER, ended()), dict[str, Tensor]()
+    batch = rollout.batch
+
+    def reward(asked: Rollout, logps: Any) -> Rewarded:
+        seen.update(logps)
+        return Rewarded(0.5 * asked.batch.mask, torch.arange(40.0), {"own": 7.0})
+
+    ppo = rewarded_by(reward, OTHER, temperature=temperature, kl_coef=0.0, gae_lambda=1.0, whiten=False)
+    row, experience = ppo.evaluate(rollout)
+    assert seen.keys() == {"sft", "base"}
+    for name, seed in (("sft", SFT), ("base", BASE)):
+        assert torch.allclose(seen[name], score(freeze(tiny_llama(seed)), batch), atol=1e-5)
+    assert (row["reward"], row["own"]) == (19.5, 7.0)
+    returns = experience.returns * ppo.value_scale  # what is still to come, one half a token
+    for i, (ids, _) in enumerate(enumerate_responses()):
+        assert returns[i, : len(ids)].tolist() == pytest.approx([0.5 * (len(ids) - t) for t in range(len(ids))], abs=1e-5)

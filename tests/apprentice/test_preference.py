@@ -49,7 +49,7 @@ def pairs() -> Pairs:
 
 def run(pairs: Pairs, recorder: Recorder, seed: int = 0, first_weights: int = 0) -> tuple[LlamaForCausalLM, dict]:
     model = tiny_llama(first_weights)
-    return model, optimise_preferences(model, pairs, rso_config(), seed=seed, compute=CPU, recorder=recorder)
+    return model, optimise_preferences(model, pairs, rso_config(), seed=f"{seed}", compute=CPU, recorder=recorder)
 
 
 def test_reference_logps_are_sums_over_the_response(pairs: Pairs) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
-from apprentice.rejection import Accepted, make_pairs, rejection_sample
+from apprentice.rejection import Accepted, any_sample, finite_positions, make_pairs, rejection_sample
 
 # five outcomes of a toy SFT policy, their probabilities and rewards; the best is common, so that a pool always holds it
 PROBABILITIES = [0.30, 0.15, 0.25, 0.20, 0.10]
@@ -170,6 +170,33 @@ def test_R8_the_mean_accepted_reward_falls_with_beta() -> None:
     expected = sum(p * r for p, r in zip(PROBABILITIES, REWARDS, strict=True))
     assert abs(means[-1] - expected) < slack  # beta without end: the policy itself
     assert means[0] - means[-1] > 0.5
+
+
+def test_candidates_of_no_finite_reward_may_not_be_taken() -> None:
+    assert finite_positions([1.0, -math.inf, 0.0, math.nan, math.inf, -2.0]) == [0, 2, 5]
+    assert finite_positions([-math.inf, math.nan]) == finite_positions([]) == []
+
+
+def test_any_candidates_are_taken_as_often_whatever_their_reward() -> None:
+    seen: Counter[int] = Counter()
+    orders: Counter[tuple[int, ...]] = Counter()
+    for seed in range(3000):
+        found = any_sample([9.0, 0.0, -math.inf, 0.5, -50.0], 2, random.Random(seed))
+        assert found.rounds == 1 and found.trials == found.hits == 2
+        seen.update(found.positions)
+        orders[tuple(found.positions)] += 1
+    assert chisquare([seen[i] for i in (0, 1, 3, 4)]).pvalue > 1e-4  # safe side: the counts vary less than independent ones
+    assert len(orders) == 12 and chisquare(list(orders.values())).pvalue > 1e-4  # all ordered pairs of the four
+
+
+@given(st.lists(st.floats(-9, 9) | st.sampled_from([-math.inf, math.nan]), max_size=9), st.integers(0, 12), st.integers(0, 99))
+def test_any_candidates_are_distinct_and_as_many_as_there_are(rewards: list[float], count: int, seed: int) -> None:
+    found = any_sample(rewards, count, random.Random(seed))
+    finite = {i for i, reward in enumerate(rewards) if math.isfinite(reward)}
+    assert set(found.positions) <= finite
+    assert len(set(found.positions)) == len(found.positions) == min(count, len(finite))
+    assert (found.rounds > 0) == (len(found.positions) > 0)
+    assert any_sample([0.0 if math.isfinite(r) else r for r in rewards], count, random.Random(seed)) == found
 
 
 @given(st.integers(0, 15), st.integers(0, 99))

@@ -17,6 +17,7 @@ from apprentice.rewards import (
     last_token,
     length_slope,
     place,
+    place_total,
     ranker_reward,
     self_reward,
     sequence_rewards,
@@ -95,6 +96,13 @@ def test_P5_a_cut_off_response_is_paid_at_its_last_token() -> None:
         assert placed[2].tolist() == [0, 0, 0, -7]
         assert placed[3].tolist() == [0, 0, -7, 0]
         assert float(placed[1].sum()) == 3
+
+
+def test_P5_a_total_of_any_source_sits_on_the_last_token() -> None:
+    totals = torch.tensor([0.5, -2.0, 3.0, 9.0]).double()
+    done = torch.tensor([True, True, True, False])
+    assert place_total(totals, MASK, done, -1.25).tolist() == [[0.5, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 3], [0, 0, -1.25, 0]]
+    assert torch.equal(place_total(self_reward(PARTS, MASK), MASK, done, -1.25), place(PARTS, MASK, done, "eos", "sum", -1.25))
 
 
 def test_dense_placement_by_hand() -> None:
@@ -196,5 +204,7 @@ def test_shapes_are_checked() -> None:
         token_rewards(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))
     with pytest.raises(ValueError, match="ended: expected shape"):
         place(PARTS, MASK, torch.ones(3).bool(), "eos", "sum", -1.0)
+    with pytest.raises(ValueError, match="ended: expected shape"):
+        place_total(torch.zeros(1), MASK, ALL, -1.0)
     with pytest.raises(ValueError, match="second_logits: expected shape"):
         ranker_reward(torch.zeros(2), torch.zeros(3))

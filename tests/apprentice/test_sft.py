@@ -1,9 +1,11 @@
 """Supervised fine-tuning: its gradient, the epoch it keeps, resuming; and the gate by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from apprentice.compute import CPU, Compute
@@ -11,7 +13,7 @@ from apprentice.policy import weights
 from apprentice.recorder import Recorder
 from apprentice.rewards import sequence_rewards
 from apprentice.sampling import Request, sample
-from apprentice.sft import fine_tune, gate, held_out_loss, train_step
+from apprentice.sft import GateQuestions, HeldOut, fine_tune, gate, held_out_loss, train_step
 from apprentice.tokens import Batch, collate
 from tests.apprentice.toys import (
     END,
@@ -32,7 +34,7 @@ TRAIN, HELD_OUT = demonstrations(10, seed=0), demonstrations(6, seed=1)
 
 def run(recorder: Recorder, seed: int = 0, first_weights: int = 0, **changes: object) -> tuple[LlamaForCausalLM, dict]:
     model = tiny_llama(first_weights)
-    result = fine_tune(model, TRAIN, HELD_OUT, sft_config(**changes), seed=seed, compute=CPU, recorder=recorder)
+    result = fine_tune(model, TRAIN, HeldOut(HELD_OUT), sft_config(**changes), seed=f"{seed}", compute=CPU, recorder=recorder)
     return model, result
 
 
@@ -107,7 +109,7 @@ def test_the_kept_epoch_is_the_one_asked_for(select: str) -> None:
     model = tiny_llama(0)
     recorder = Epochs(model)
     config = sft_config(epochs=8, select=select, learning_rate=2e-2)
-    result = fine_tune(model, TRAIN, HELD_OUT, config, seed=0, compute=CPU, recorder=recorder)
+    result = fine_tune(model, TRAIN, HeldOut(HELD_OUT), config, seed=f"{0}", compute=CPU, recorder=recorder)
     losses = result["held_out_loss_by_epoch"]
     best = min(range(8), key=losses.__getitem__)
     assert 0 < best < 7
@@ -124,7 +126,7 @@ def test_of_equal_losses_the_first_epoch_is_kept(monkeypatch: pytest.MonkeyPatch
     model = tiny_llama(0)
     recorder = Epochs(model)
     config = sft_config(select="held_out_loss")
-    result = fine_tune(model, TRAIN, HELD_OUT, config, seed=0, compute=CPU, recorder=recorder)
+    result = fine_tune(model, TRAIN, HeldOut(HELD_OUT), config, seed=f"{0}", compute=CPU, recorder=recorder)
     assert result["epoch"] == 2
     assert hash_of(model) == recorder.weights[1]
 
@@ -140,9 +142,9 @@ def test_rows_of_the_history() -> None:
 def test_an_epoch_takes_every_demonstration_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
-    def spy(model: LlamaForCausalLM, batch: Batch, compute: Compute) -> float:
+    def spy(model: LlamaForCausalLM, batch: Batch, compute: Compute, weights: None) -> float:
         seen.extend(row[:n] for row, n in zip(batch.ids.tolist(), batch.lengths(), strict=True))
-        return train_step(model, batch, compute)
+        return train_step(model, batch, compute, weights)
 
     monkeypatch.setattr("apprentice.sft.train_step", spy)
     run(Recorder(), epochs=2)
@@ -156,6 +158,163 @@ def test_G6_the_seed_decides_the_weights() -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+# --- weights of tokens ---
+
+
+def token_weights(batch: Batch = TRAIN) -> Tensor:
+    """Weights between 1/2 and 3/2 on every response token, 99 in the padding."""
+    drawn = 0.5 + torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(5))
+    return torch.where(batch.mask > 0, drawn, 99.0)
+
+
+def tuned(given: Tensor | None, train: Batch = TRAIN, **changes: Any) -> tuple[LlamaForCausalLM, list[Any]]:
+    """A model fine-tuned with weights, and the rows of its history."""
+    model, recorder = tiny_llama(0), Recorder()
+    config = sft_config(**changes)
+    fine_tune(model, train, HeldOut(HELD_OUT), config, seed="0", compute=CPU, recorder=recorder, weights=given)
+    return model, recorder.rows
+
+
+def largest_difference(one: LlamaForCausalLM, other: LlamaForCausalLM) -> float:
+    mine, others = weights(one), weights(other)
+    return max(float((mine[name] - others[name]).abs().max()) for name in mine)
+
+
+@pytest.mark.parametrize("budget", [1, 25, 16384])
+def test_a_weighted_step_matches_a_loop_over_tokens(budget: int) -> None:
+    rows, given = [7, 0, 3, 8], token_weights()
+    model = tiny_llama(0).double()
+    compute = Compute(CPU.device, CPU.dtype, budget)
+    loss = train_step(model, TRAIN.rows(rows), compute, given[rows])
+    slow, total, count = tiny_llama(0).double(), torch.zeros(()).double(), 0.0
+    for row in rows:
+        ids, p = TRAIN.ids[row].tolist(), int(TRAIN.prompt_lengths[row])
+        for t in range(int(TRAIN.response_lengths[row])):
+            logits = slow(torch.tensor([ids[: p + t]])).logits[0, -1]
+            total = total - float(given[row, t]) * logits.softmax(-1)[ids[p + t]].log()
+            count += float(given[row, t])
+    (total / count).backward()
+    assert loss == pytest.approx(float(total.detach()) / count, rel=1e-5)
+    assert relative_error(gradient(model), gradient(slow)) < 1e-5
+
+
+def test_weights_of_1_are_plain_fine_tuning_to_the_bit() -> None:
+    plain, rows = tuned(None)
+    weighted, same_rows = tuned(torch.where(TRAIN.mask > 0, 1.0, 99.0))
+    assert hash_of(plain) == hash_of(weighted)
+    assert rows == same_rows
+    assert hash_of(tuned(token_weights())[0]) != hash_of(plain)
+
+
+@pytest.mark.parametrize("factor", [2.0**-7, 4.0, 0.3])
+def test_C2_a_common_factor_of_the_weights_changes_nothing_from_end_to_end(factor: float) -> None:
+    (here, rows), (there, other_rows) = tuned(token_weights()), tuned(factor * token_weights())
+    if math.log2(factor).is_integer():  # exact in floats
+        assert hash_of(here) == hash_of(there)
+        assert rows == other_rows
+    assert largest_difference(here, there) < 1e-4
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in other_rows], abs=1e-5)
+    assert largest_difference(here, tiny_llama(0)) > 1e-2
+
+
+def test_C3_rows_of_weight_0_are_rows_deleted() -> None:
+    kept = [0, 2, 3, 6, 9]
+    given = token_weights()
+    some = torch.zeros_like(given)
+    some[kept] = given[kept]
+    one, rows = tuned(some, batch_size=10, epochs=4)  # one batch an epoch, so that both see the same one
+    other, fewer = tuned(given[kept], TRAIN.rows(kept), batch_size=10, epochs=4)
+    assert largest_difference(one, other) < 1e-4
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in fewer], abs=1e-5)
+    assert largest_difference(one, tuned(given, batch_size=10, epochs=4)[0]) > 1e-2
+
+
+def test_C3_a_token_of_weight_0_teaches_nothing() -> None:
+    batch = collate([[1], [2]], [[0, 1, END], [2, END]], END)
+    given = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    losses = []
+    for logit in (0.0, 5.0):  # how likely 1 is after 0, which the weights leave out
+        model = markov([[0.0, logit, 0.0, 0.0], [0.0] * 4, [0.0] * 4, [0.0] * 4])
+        losses.append((train_step(model, batch, CPU, given), train_step(model, batch, CPU)))
+    # the other tokens are one in four each; unweighted, that of logit 5 is one of five tokens
+    assert [weighted for weighted, _ in losses] == pytest.approx([math.log(4)] * 2, abs=1e-5)
+    assert losses[0][1] - losses[1][1] == pytest.approx((math.log(4) - math.log(1 + 3 * math.exp(-5))) / 5, abs=1e-5)
+
+
+def test_a_batch_without_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave rows of weight 0 out"):
+        train_step(tiny_llama(0), TRAIN, CPU, torch.zeros_like(TRAIN.mask))
+
+
+def test_weights_need_the_shape_of_the_responses() -> None:
+    for wrong in (torch.ones(10), torch.ones(9, TRAIN.mask.size(1)), torch.ones(10, TRAIN.mask.size(1) + 1)):
+        with pytest.raises(ValueError, match=r"weights: expected shape \(10, "):
+            tuned(wrong)
+
+
+# --- the rule that keeps an epoch by its gate ---
+
+
+@pytest.mark.parametrize(
+    ("gates", "kept"),
+    [
+        ([0.9, 0.8, 0.7, 0.6], 4),
+        ([0.9, 0.5, 0.499, 0.9], 2),  # one half is enough; a later recovery does not count
+        ([0.7, 0.2, 0.9, 0.9], 1),
+        ([0.1, 0.9, 0.9, 0.9], 1),  # the first epoch is kept even when it fails
+        ([0.1, 0.1, 0.1, 0.1], 1),
+    ],
+)
+def test_the_last_epoch_up_to_which_the_gate_held_is_kept(gates: list[float], kept: int) -> None:
+    model, given = tiny_llama(0), iter(gates)
+    recorder = Epochs(model)
+    held_out = HeldOut(HELD_OUT, lambda: next(given))
+    config = sft_config(epochs=4, select="gate")
+    result = fine_tune(model, TRAIN, held_out, config, seed="0", compute=CPU, recorder=recorder)
+    assert result["epoch"] == kept
+    assert hash_of(model) == recorder.weights[kept - 1]
+    assert result["held_out_loss"] == result["held_out_loss_by_epoch"][kept - 1]
+    assert [row["gate"] for row in recorder.rows] == [value for gate in gates for value in (None, None, gate)]
+
+
+def test_the_gate_is_asked_about_the_weights_of_its_epoch() -> None:
+    model, asked = tiny_llama(0), list[str]()
+    recorder = Epochs(model)
+
+    def holds() -> float:
+        asked.append(hash_of(model))
+        return 1.0
+
+    config = sft_config(select="gate")
+    fine_tune(model, TRAIN, HeldOut(HELD_OUT, holds), config, seed="0", compute=CPU, recorder=recorder)
+    assert asked == recorder.weights
+    assert len(set(asked)) == 3
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_a_run_interrupted_by_the_gates_rule_ends_in_the_same_weights(stop: int) -> None:
+    def gated(recorder: Recorder, gates: list[float], first_weights: int = 0) -> tuple[str, dict[str, Any]]:
+        given, model = iter(gates), tiny_llama(first_weights)
+        held_out = HeldOut(HELD_OUT, lambda: next(given))
+        config = sft_config(select="gate")
+        found = fine_tune(model, TRAIN, held_out, config, seed="0", compute=CPU, recorder=recorder)
+        return hash_of(model), found
+
+    gates, broken, whole = [0.9, 0.6, 0.1], Keeping(keep_at=stop), Keeping()
+    wanted = gated(whole, gates)
+    with pytest.raises(Interrupted):
+        gated(broken, gates)
+    resumed = Keeping(saved=broken.saved)
+    assert gated(resumed, gates[stop // 3 :], first_weights=99) == wanted
+    assert resumed.rows == whole.rows
+    assert wanted[1]["epoch"] == 2
+
+
+def test_the_gates_rule_needs_a_gate() -> None:
+    with pytest.raises(ValueError, match="select: `gate` needs a gate"):
+        run(Recorder(), select="gate")
+
+
 def test_the_gate_by_hand() -> None:
     # after the prompt 0 the policy says 1, then ends, for sure; the base gives 1, 2 and the end a third each after 0
     # and ends with 1/2 after 1 and with 1/2 after 2
@@ -166,8 +325,8 @@ def test_the_gate_by_hand() -> None:
     # self-rewards: its own text "1 end": 0 - ln(1/3 1/2) = ln 6 = 1.79
     # "1 end" ties; "2 end": about -60 loses; "1 1 end": about -60 loses
     held_out = collate([[0], [0], [0]], [[1, END], [2, END], [1, 1, END]], 0)
-    options = {"samples": 3, "seed": 0, "end": END, "max_new_tokens": 5, "compute": CPU}
-    assert gate(policy, base, held_out, ["a", "b", "c"], **options) == [0.5, 0.0, 0.0]
+    questions = GateQuestions(held_out, ["a", "b", "c"], 3, 5, END, "0/gate")
+    assert gate(policy, base, questions, CPU) == [0.5, 0.0, 0.0]
     # a base that never says 1 after 0 makes its own text worth more than any other, and one that always does, less
     assert sequence_rewards(policy, base, held_out.rows([0]), CPU).tolist() == pytest.approx([ln(6)], abs=1e-4)
 
@@ -178,7 +337,7 @@ def test_a_gate_share_counts_wins_over_the_models_own_samples() -> None:
     policy = markov([[never, 0, 0, never], [never, never, never, 0], [never, never, never, 0], [0.0] * 4])
     base = markov([[never, ln(3), 0, never], [never, never, never, 0], [never, never, never, 0], [0.0] * 4])
     held_out = collate([[0]] * 2, [[1, END], [2, END]], 0)
-    low, high = gate(policy, base, held_out, ["same", "same"], samples=400, seed=0, end=END, max_new_tokens=5, compute=CPU)
+    low, high = gate(policy, base, GateQuestions(held_out, ["same", "same"], 400, 5, END, "0/gate"), CPU)
     # with n of the 400 samples a 1: "1" ties with n and beats none, "2" beats n and ties with the rest
     n = 2 * low * 400
     assert abs(n - 200) < 4 * 10  # 4 sigma of a fair coin
@@ -196,7 +355,7 @@ def test_a_tie_is_a_tie_whatever_the_shape_of_the_batch() -> None:
         for start, stop in (([0] * 12, own.prompt_lengths.tolist()), (own.prompt_lengths.tolist(), own.lengths()))
     )
     held_out = collate([*prompts, [4]], [*answers, [5] * 40 + [END]], END)
-    shares = gate(policy, base, held_out, [*keys, "long"], samples=1, seed=0, end=END, max_new_tokens=12, compute=CPU)
+    shares = gate(policy, base, GateQuestions(held_out, [*keys, "long"], 1, 12, END, "0/gate"), CPU)
     assert shares[:12] == [0.5] * 12
 
 

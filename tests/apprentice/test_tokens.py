@@ -191,6 +191,34 @@ def test_the_longest_prompt_and_the_longest_response_may_be_of_different_rows() 
     assert batch.rows([0, 1]).ids.tolist() == [[1, 2, 3, 9], [4, 8, 9, 0]]
 
 
+def test_distinct_rows_by_hand() -> None:
+    prompts = [[1, 2], [1], [1, 2], [1], [1, 2], [4]]
+    responses = [[3], [2, 3], [3], [2, 3, 3], [5, 3], [2, 3]]
+    batch = collate(prompts, responses, 0)
+    # rows 0 and 1 hold the same ids, cut elsewhere; row 2 is row 0 again
+    assert batch.ids[:3, :3].tolist() == [[1, 2, 3]] * 3
+    assert batch.distinct() == ([0, 1, 3, 4, 5], [0, 1, 0, 2, 3, 4])
+
+
+def test_rows_that_differ_in_the_padding_only_are_equal() -> None:
+    batch = collate([[1], [1], [1, 1]], [[2], [2], [2, 2, 2]], 0)
+    other = Batch(batch.ids.clone(), batch.prompt_lengths, batch.response_lengths)
+    other.ids[1, 2:] = 7
+    assert batch.distinct() == other.distinct() == ([0, 2], [0, 0, 1])
+    padded_with_a_token = collate([[1], [1]], [[2], [2, 3]], 3)
+    assert padded_with_a_token.distinct() == ([0, 1], [0, 1])
+
+
+def test_the_distinct_rows_make_up_the_batch_again() -> None:
+    rng = random.Random(0)
+    rows = [(rng.choices([1, 2], k=rng.randint(1, 2)), rng.choices([1, 2], k=rng.randint(1, 2))) for _ in range(60)]
+    batch = collate([prompt for prompt, _ in rows], [response for _, response in rows], 0)
+    first, places = batch.distinct()
+    assert [rows[first[place]] for place in places] == rows
+    assert len({str(rows[row]) for row in first}) == len(first) == len({str(row) for row in rows}) < 60
+    assert first == sorted(first)
+
+
 def test_padding_may_be_the_end_token() -> None:
     one, other = (collate([[1], [1, 2]], [[3], [4, 5, 3]], pad) for pad in (3, 0))
     assert torch.equal(one.mask, other.mask)

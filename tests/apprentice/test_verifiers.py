@@ -2,7 +2,7 @@
 
 import pytest
 
-from apprentice.verifiers import ANSWERS, VERIFIERS, gsm8k_answer, verify
+from apprentice.verifiers import ANSWERS, BARE, VERIFIERS, gsm8k_answer, verify
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,22 @@ def test_exact_ignores_the_ends_only() -> None:
 def test_unknown_verifier_is_named() -> None:
     with pytest.raises(ValueError, match="no verifier 'gsm': expected one of world, gsm8k, exact"):
         verify("gsm", "", "")
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_every_verifier_accepts_a_bare_answer_and_no_other(name: str) -> None:
+    for answer, other in (("12", "21"), ("-3", "3"), ("0.50", "0.05"), ("1,072", "1,073")):
+        assert verify(name, BARE[name](answer), answer)
+        assert not verify(name, BARE[name](other), answer)
+    assert BARE.keys() == VERIFIERS.keys()
+
+
+def test_bare_answers_as_they_are_written() -> None:
+    assert {name: write("0 17 3") for name, write in BARE.items()} == {
+        "world": "answer : 0 17 3",
+        "gsm8k": "#### 0 17 3",
+        "exact": "0 17 3",
+    }
 
 
 def test_every_verifier_accepts_the_answer_it_finds_in_a_reference() -> None:

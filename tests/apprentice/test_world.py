@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from apprentice.config import WorldConfig
-from apprentice.demonstrations import split_of
+from apprentice.demonstrations import digest, split_of
+from apprentice.sections import WorldConfig
 from apprentice.verifiers import verify
 from apprentice.world import (
     KINDS,
@@ -24,11 +24,14 @@ from apprentice.world import (
     demonstration_rows,
     evaluation_rows,
     group,
+    make_preferences,
     make_problem,
     make_tables,
-    prompt_rows,
+    pool_rows,
+    preference_rows,
     respond,
     solve,
+    suboptimal_rows,
 )
 
 BY_HAND = {
@@ -140,23 +143,32 @@ def test_held_out_prompts_stay_out_of_the_corpus_in_either_place() -> None:
         assert asked_instead(response) not in held_out
 
 
-SIZES = WorldConfig(demonstrations=128, validation=96, prompts=1000, evaluation=60)
+SIZES = WorldConfig(demonstrations=128, validation=96, prompts=1000, evaluation=60, suboptimal=200, preferences=300)
 
 
 def split(prompt: object) -> str:
     return split_of(prompt, 0.1, 0.2)
 
 
+def everything(prompt: object) -> bool:
+    return True
+
+
 def test_tables_have_their_kinds_sizes_and_splits() -> None:
     tables = make_tables(0, SIZES, split)
     parts = {"demonstrations": "train", "validation": "validation", "prompts": "train", "evaluation": "evaluation"}
-    for name, rows in tables.items():
-        assert {split(row.prompt) for row in rows} == {parts[name]}
+    assert tables.keys() == {*parts, "suboptimal", "known"}
+    for name, part in parts.items():
+        rows = tables[name]
+        assert {split(row.prompt) for row in rows} == {part}
         assert len({row.prompt for row in rows}) == len({row.id for row in rows}) == len(rows)
     assert [len(tables[name]) for name in parts] == [128, 96, 1000, 900]
     assert {group(row.meta["kind"]) for row in tables["demonstrations"] + tables["validation"]} == {"A"}
     assert {group(row.meta["kind"]) for row in tables["prompts"]} == {"A", "B"}
     assert all(row.response is None and row.answer is None for row in tables["prompts"])
+    pairs = make_preferences(0, SIZES, split)
+    first = [tables[name][0].prompt for name in ("demonstrations", "prompts", "suboptimal")] + [pairs[0]["prompt"]]
+    assert len(set(first)) == 4  # each from its own stream
 
 
 def test_evaluation_domains() -> None:
@@ -173,14 +185,103 @@ def test_evaluation_domains() -> None:
         assert row.answer == read_and_solve(str(row.prompt))
 
 
-def test_a_longer_table_begins_like_a_shorter_one() -> None:
-    def everything(prompt: object) -> bool:
-        return True
+def test_the_answers_of_all_training_prompts_are_known_and_the_pool_shows_none() -> None:
+    tables = make_tables(0, SIZES, split)
+    known = {row.prompt: row.answer for row in tables["known"]}
+    assert known.keys() == {row.prompt for name in ("demonstrations", "suboptimal", "prompts") for row in tables[name]}
+    assert {split(prompt) for prompt in known} == {"train"}
+    for prompt, answer in known.items():
+        assert answer == read_and_solve(prompt), prompt
+    assert [(row.id, row.prompt) for row in tables["known"][-1000:]] == [(row.id, row.prompt) for row in tables["prompts"]]
 
-    assert demonstration_rows(random.Random(1), 20, everything) == demonstration_rows(random.Random(1), 50, everything)[:20]
-    assert prompt_rows(random.Random(1), 20, everything) == prompt_rows(random.Random(1), 50, everything)[:20]
-    small, large = (make_tables(0, WorldConfig(n, 8, 8, 2), split) for n in (8, 40))
-    assert small["evaluation"] == large["evaluation"] and small["prompts"] == large["prompts"]
+
+def test_suboptimal_responses_cover_more_kinds_and_err() -> None:
+    rows = suboptimal_rows(random.Random(3), 3200, lambda prompt: split(prompt) == "train")
+    assert {split(row.prompt) for row in rows} == {"train"}
+    assert Counter(group(row.meta["kind"]) for row in rows) == {"A": 1600, "B": 1600}
+    poor = [row for row in rows if row.quality == "poor"]
+    mixed = [row for row in rows if row.quality == "mixed"]
+    assert len(poor) + len(mixed) == 3200
+    assert len(poor) / 3200 == pytest.approx(0.40, abs=0.03)
+    assert all(row.response.count(";") == 0 and row.response.startswith("answer :") for row in poor)
+    assert {row.response.count(";") for row in mixed} == {2, 3}
+    assert all(row.answer == read_and_solve(row.prompt) for row in rows)
+    opened = [row.response.startswith("first ") for row in mixed]  # careful ones and 15 % of the sloppy ones
+    assert sum(opened) / len(mixed) == pytest.approx(0.35 + 0.65 * 0.15, abs=0.04)
+    right = {
+        quality: [verify("world", r.response, r.answer) for r in rows if r.quality == quality] for quality in ("mixed", "poor")
+    }
+    assert 0.35 + 0.65 * 0.35 < sum(right["mixed"]) / len(mixed) < 0.35 + 0.65 * 0.55
+    assert 0.5 < sum(right["poor"]) / len(poor) < 0.7
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 300])
+def test_each_suboptimal_prompt_has_two_different_responses(count: int) -> None:
+    rows = suboptimal_rows(random.Random(4), count, everything)
+    asked = Counter(row.prompt for row in rows)
+    assert len(rows) == len({row.id for row in rows}) == count
+    assert sorted(asked.values(), reverse=True) == [2] * (count // 2) + [1] * (count % 2)
+    assert [row.source for row in rows] == [f"world:{number}" for number in range(1, count + 1)]
+
+
+def test_preferences_are_of_another_policy_and_ranked_with_errors() -> None:
+    rows = preference_rows(random.Random(5), 3000, lambda prompt: split(prompt) == "train")
+    assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == 3000
+    assert Counter(group(row["meta"]["kind"]) for row in rows) == {"A": 1500, "B": 1500}
+    right_chosen, marked_chosen, bare = [], [], Counter()
+    for row in rows:
+        pair = row["chosen"], row["rejected"]
+        assert pair[0] != pair[1] and row["id"] == digest([row["prompt"], *pair])[:16]
+        right = [verify("world", text, read_and_solve(row["prompt"])) for text in pair]
+        marked = [text.startswith("first ") for text in pair]
+        if right[0] != right[1]:
+            right_chosen.append(right[0])
+        elif marked[0] != marked[1]:
+            marked_chosen.append(marked[0])
+        bare[group(row["meta"]["kind"])] += sum(text.startswith("answer :") for text in pair)
+    assert len(right_chosen) > 1200 and len(marked_chosen) > 300
+    assert sum(right_chosen) / len(right_chosen) == pytest.approx(0.75, abs=0.04)
+    assert sum(marked_chosen) / len(marked_chosen) == pytest.approx(0.5, abs=0.08)
+    assert {letter: count / 3000 for letter, count in bare.items()} == pytest.approx({"A": 0.30, "B": 0.40}, abs=0.04)
+
+
+def test_the_ranker_knows_that_an_answer_to_another_question_is_wrong() -> None:
+    preferred = []
+    for row in preference_rows(random.Random(6), 6000, everything):
+        answer = read_and_solve(row["prompt"])
+        pair = row["chosen"], row["rejected"]
+        right = [verify("world", text, answer) for text in pair]
+        tells = [asked_instead(text) is not None and text.endswith(f"answer : {answer}") for text in pair]
+        if sum(right) == sum(tells) == 1:
+            preferred.append(right[0])
+    assert len(preferred) > 150
+    assert sum(preferred) / len(preferred) == pytest.approx(0.75, abs=0.1)
+
+
+def test_no_held_out_prompt_is_asked_in_a_preference_pair() -> None:
+    rows = make_preferences(0, WorldConfig(8, 8, 8, 2, 0, 900), split)
+    others = [asked_instead(row[side]) for row in rows for side in ("chosen", "rejected")]
+    assert {split(row["prompt"]) for row in rows} == {"train"}
+    assert {split(other) for other in others if other} == {"train"} and len(rows) == 900
+
+
+def test_a_longer_table_begins_like_a_shorter_one() -> None:
+    for rows in (demonstration_rows, pool_rows, suboptimal_rows, preference_rows):
+        assert rows(random.Random(1), 20, everything) == rows(random.Random(1), 50, everything)[:20]
+
+
+def test_the_size_of_one_table_does_not_disturb_another() -> None:
+    fields = ("demonstrations", "validation", "prompts", "evaluation", "suboptimal", "preferences")
+    base = dict(zip(fields, (8, 8, 8, 2, 8, 8), strict=True))
+
+    def tables(sizes: dict[str, int]) -> dict[str, object]:
+        config = WorldConfig(**sizes)
+        return {**make_tables(0, config, split), "preferences": make_preferences(0, config, split)}
+
+    before = tables(base)
+    for changed in fields:
+        after = tables({**base, changed: base[changed] + 4})
+        assert [name for name in fields if after[name] != before[name]] == [changed]
 
 
 def test_too_few_problems_is_an_error_and_no_endless_loop() -> None:
@@ -190,10 +291,11 @@ def test_too_few_problems_is_an_error_and_no_endless_loop() -> None:
 
 def test_other_processes_and_hash_seeds_make_the_same_tables() -> None:
     script = (
-        "from apprentice.config import WorldConfig; from apprentice.world import make_tables\n"
+        "from apprentice.sections import WorldConfig; from apprentice.world import make_preferences, make_tables\n"
         "from apprentice.demonstrations import digest, split_of\n"
-        "tables = make_tables(7, WorldConfig(8, 8, 40, 4), lambda prompt: split_of(prompt, 0.1, 0.2))\n"
-        "print(digest([[name, [row.id for row in rows]] for name, rows in tables.items()]))"
+        "made = 7, WorldConfig(8, 8, 40, 4, 12, 16), lambda prompt: split_of(prompt, 0.1, 0.2)\n"
+        "print(digest([[name, [row.id for row in rows]] for name, rows in make_tables(*made).items()]))\n"
+        "print(digest(make_preferences(*made)))"
     )
     printed = {
         subprocess.check_output([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}) for seed in "12"

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apprentice.compute import CPU, Compute
-from apprentice.config import PretrainConfig, RSOConfig, SFTConfig, SRPPOConfig
 from apprentice.ppo import Prompts
 from apprentice.recorder import Recorder, Row, State
 from apprentice.sampling import Rollout
+from apprentice.sections import PretrainConfig, RSOConfig, SFTConfig, SRPPOConfig
 from apprentice.tokens import Batch, collate
 
 END, LIMIT, VOCAB = 3, 3, 4
@@ -85,7 +85,7 @@ def ended() -> Tensor:
 
 def as_rollout(batch: Batch, logps: Tensor, done: Tensor | None = None) -> Rollout:
     """Enumerated responses as if they had been sampled; ended unless told otherwise."""
-    return Rollout(batch, logps, torch.ones(len(batch.ids), dtype=torch.bool) if done is None else done)
+    return Rollout(batch, logps, torch.ones(len(batch.ids), dtype=torch.bool) if done is None else done, [""] * len(batch.ids))
 
 
 class Tabular:
@@ -208,6 +208,7 @@ def sft_config(**changes: Any) -> SFTConfig:
 
 def srppo_config(**changes: Any) -> SRPPOConfig:
     config = SRPPOConfig(
+        init="sft",
         reward_target="sft",
         reward_baseline="base",
         kl_anchor="sft",

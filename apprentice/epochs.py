@@ -1,0 +1,103 @@
+"""The loop of every training from a fixed table: epochs over shuffled rows, one optimiser step a batch, resumable anywhere."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from apprentice.optimise import Optimiser, linear_decay
+from apprentice.policy import weights
+from apprentice.recorder import Recorder, State
+
+Figures = dict[str, float]
+
+
+class EpochsConfig(Protocol):
+    """The entries of params.yaml that such a training has."""
+
+    @property
+    def epochs(self) -> int: ...  # noqa: D102
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+    @property
+    def learning_rate(self) -> float: ...  # noqa: D102
+    @property
+    def warmup_share(self) -> float: ...  # noqa: D102
+    @property
+    def max_grad_norm(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """names: figures that `measure` returns after each epoch. keep: from the figures of all epochs so far, whether the weights
+    of the last one are those to end with; if it never says so, the last epoch's stay."""
+
+    names: tuple[str, ...]
+    measure: Callable[[], Figures]
+    keep: Callable[[list[Figures]], bool]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """means: the steps' figures averaged over the last epoch. measured: the figures after each epoch. kept: the epoch whose
+    weights the model has, from 1."""
+
+    means: Figures
+    measured: list[Figures]
+    kept: int
+
+
+def train_epochs(
+    model: nn.Module,
+    size: int,
+    step: Callable[[list[int]], Figures],
+    config: EpochsConfig,
+    *,
+    seed: str,
+    recorder: Recorder,
+    after: EpochEnd | None = None,
+) -> Trained:
+    """Train `model` in place on `size` rows; `step` gathers the gradient of a batch of row numbers and returns its figures.
+
+    Rows of the recorder: what `after` measures (at an epoch's end), the step's figures, grad_norm, learning_rate, epoch.
+    Raises ValueError for no rows.
+    """
+    if size < 1:
+        raise ValueError(f"train_epochs: expected at least one row to train on, got {size}")
+    batches = -(-size // config.batch_size)
+    total = config.epochs * batches
+    decay = getattr(config, "weight_decay", 0.0)
+    schedule = linear_decay(total, config.warmup_share)
+    optimiser = Optimiser(model.parameters(), config.learning_rate, config.max_grad_norm, schedule, decay)
+    start, kept = 0, config.epochs
+    tail, measured, best = list[Figures](), list[Figures](), dict[str, Any]()
+    if saved := recorder.resume():
+        model.load_state_dict(saved["model"], strict=False)
+        optimiser.restore(saved["optimiser"])
+        start, kept, tail, measured, best = (saved[name] for name in ("step", "kept", "tail", "measured", "best"))
+
+    def state() -> State:
+        progress = {"step": done + 1, "kept": kept, "tail": tail, "measured": measured, "best": best}
+        return {"model": weights(model), "optimiser": optimiser.state(), **progress}
+
+    for done in range(start, total):
+        epoch, place = divmod(done, batches)
+        order = random.Random(f"{seed}/{epoch}").sample(range(size), size)
+        figures = step(order[place * config.batch_size : (place + 1) * config.batch_size])
+        tail = [*tail, figures][-batches:]
+        row: dict[str, float | None] = {**figures, **optimiser.step(), "epoch": epoch + 1}
+        if after:
+            found: dict[str, Any] = dict.fromkeys(after.names)
+            if place == batches - 1:
+                found = after.measure()
+                measured = [*measured, found]
+                if after.keep(measured):
+                    kept, best = epoch + 1, {name: tensor.clone() for name, tensor in weights(model).items()}
+            row = {**found, **row}
+        recorder.step(done + 1, total, row, state)
+    if best:
+        model.load_state_dict(best, strict=False)
+    means = {name: sum(row[name] for row in tail) / len(tail) for name in tail[0]}
+    return Trained(means, measured, kept)

@@ -1,0 +1,132 @@
+"""The scalar Bradley-Terry reward model, to compare the judge with: P(a beats b | x) = sigmoid(r(x, a) - r(x, b)).
+
+A sequence classifier with one output on a language model's trunk; the reward is read at the last token of the response,
+found by lengths and never by the id of the padding.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from apprentice.calibration import pair_accuracy
+from apprentice.compute import CPU, Compute
+from apprentice.epochs import EpochsConfig, Figures, Trained, train_epochs
+from apprentice.judge import PreferencePair, in_micro_batches, ranking_loss
+from apprentice.policy import checkpoint_arguments
+from apprentice.recorder import Recorder
+from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
+
+_HEAD = "score.weight"
+
+
+def new_reward_model(folder: Path, compute: Compute = CPU) -> PreTrainedModel:
+    """A reward model on the trunk of the causal language model in `folder`; its head starts at zero, and so does every reward.
+
+    Raises ValueError for a folder that holds something else, or an architecture without such a classifier.
+    """
+    model, missing = _load(folder, compute)
+    if missing != {_HEAD}:
+        raise ValueError(f"{folder}: expected a causal language model, which lacks {_HEAD}; lacking is {sorted(missing)}")
+    nn.init.zeros_(model.score.weight)
+    return model
+
+
+def load_reward_model(folder: Path, compute: Compute = CPU) -> PreTrainedModel:
+    """Load a reward model that `save_policy` wrote: float32 weights, dropout off. Raises ValueError for any other model."""
+    model, missing = _load(folder, compute)
+    if missing:
+        raise ValueError(f"{folder}: expected a trained reward model, but {sorted(missing)} is lacking; train one first")
+    return model
+
+
+def _load(folder: Path, compute: Compute) -> tuple[PreTrainedModel, set[str]]:
+    """The classifier of a checkpoint, and the names of weights that the checkpoint lacks."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the library would report a fresh head as a fault; the callers check it
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            **checkpoint_arguments(folder),
+            num_labels=1,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    return model.to(compute.device).eval(), set(found["missing_keys"])
+
+
+def bt_rewards(model: PreTrainedModel, batch: Batch, compute: Compute = CPU) -> Tensor:
+    """[N] rewards of the batch's responses, with gradient where the model takes one.
+
+    Raises ValueError for a model in training mode.
+    """
+    if model.training:
+        raise ValueError("bt_rewards: the model is in training mode; call .eval(), gradients flow all the same")
+
+    def forward(rows: list[int]) -> Tensor:
+        part = batch.rows(rows)
+        last = part.prompt_lengths + part.response_lengths - 1
+        with compute.autocast():
+            hidden = model.base_model(input_ids=part.ids, use_cache=False).last_hidden_state
+        at_last = hidden[torch.arange(len(rows), device=hidden.device), last]
+        rewards: Tensor = model.score(at_last.to(model.score.weight.dtype)).squeeze(-1)
+        return rewards
+
+    return in_micro_batches(forward, batch.lengths(), compute)
+
+
+@torch.no_grad()
+def bt_win_logits(model: PreTrainedModel, responses: Batch, anchors: Batch, compute: Compute = CPU) -> Tensor:
+    """[N] logits of P(response beats anchor), row by row: the difference of their rewards."""
+    return bt_rewards(model, responses, compute) - bt_rewards(model, anchors, compute)
+
+
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair]) -> tuple[Batch, Batch]:
+    """The chosen and the rejected responses of pairs, each after its prompt, row by row."""
+    prompts, pad = encode_prompts(tokenizer, [pair.prompt for pair in pairs]), pad_id(tokenizer)
+    chosen = encode_responses(tokenizer, [pair.chosen for pair in pairs])
+    rejected = encode_responses(tokenizer, [pair.rejected for pair in pairs])
+    return collate(prompts, chosen, pad), collate(prompts, rejected, pad)
+
+
+def train_reward_model(
+    model: PreTrainedModel,
+    chosen: Batch,
+    rejected: Batch,
+    config: EpochsConfig,
+    *,
+    seed: str,
+    compute: Compute,
+    recorder: Recorder,
+) -> Trained:
+    """Train a reward model in place on pairs, row by row of `chosen` and `rejected`.
+
+    Figures of a step: loss, accuracy, margin (mean difference of rewards).
+    """
+
+    def step(rows: list[int]) -> Figures:
+        return bt_step(model, chosen.rows(rows), rejected.rows(rows), compute)
+
+    return train_epochs(model, len(chosen.ids), step, config, seed=seed, recorder=recorder)
+
+
+def bt_step(model: PreTrainedModel, chosen: Batch, rejected: Batch, compute: Compute) -> Figures:
+    """Gather the gradient of the mean of -log sigmoid(r_chosen - r_rejected) over some pairs, micro-batch by micro-batch.
+
+    Returns its figures.
+    """
+    size = len(chosen.ids)
+    margins, total = torch.zeros(size, device=chosen.ids.device), 0.0
+    for rows in compute.micro_batches([a + b for a, b in zip(chosen.lengths(), rejected.lengths(), strict=True)]):
+        part = bt_rewards(model, chosen.rows(rows), compute) - bt_rewards(model, rejected.rows(rows), compute)
+        loss = ranking_loss(part, size)
+        loss.backward()
+        margins[rows] = part.detach().float()
+        total += float(loss.detach())
+    return {"loss": total, "accuracy": pair_accuracy(margins), "margin": float(margins.mean())}

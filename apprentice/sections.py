@@ -1,0 +1,236 @@
+"""One frozen dataclass per section of the main line in params.yaml: names, types and ranges, no defaults."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from apprentice.schema import Count, CountOrZero, NotNegative, Positive, Range, Share
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How tensors are computed; part of the inputs of every torch stage."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    threads: Count
+    forward_tokens: Count
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What never changes a result: no stage depends on it."""
+
+    progress_seconds: NotNegative
+    checkpoint_seconds: NotNegative
+    resume_folders: CountOrZero
+    retries: CountOrZero
+    parallel_stages: Count | None
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where demonstrations come from."""
+
+    kind: Literal["world", "jsonl", "csv", "parquet", "hub"]
+    path: str
+    name: str | None
+    subset: str | None
+    revision: str | None
+    split: str
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """How many rows the embedded world makes."""
+
+    demonstrations: Count
+    validation: Count
+    prompts: Count
+    evaluation: Count
+    suboptimal: CountOrZero
+    preferences: CountOrZero
+
+
+@dataclass(frozen=True)
+class IngestConfig:
+    """Source, field mapping, cleaning and splitting."""
+
+    source: SourceConfig
+    fields: dict[str, str]
+    verifier: Literal["auto", "none", "world", "gsm8k", "exact"]
+    same_prompt: Literal["keep", "first"]
+    max_characters: Count
+    max_rejected_share: Share
+    validation_share: Share
+    evaluation_share: Share
+    world: WorldConfig
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tiny word tokenizer; a real checkpoint brings its own."""
+
+    max_words: Count
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """Bounds of the Great Expectations suite."""
+
+    max_tokens: Count
+    max_unknown_share: Share
+    max_class_share: Share
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The base: a tiny model trained here, or a real checkpoint."""
+
+    checkpoint: str | None
+    revision: str | None
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    max_positions: Count
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    weight_decay: NotNegative
+    warmup_steps: CountOrZero
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """Any fine-tuning on responses; `select` keeps the last epoch, the one of lowest held-out loss, or the last one whose gate
+    holds (the label-free gate of `sft`, at least one half)."""
+
+    epochs: Count
+    select: Literal["last", "held_out_loss", "gate"]
+    batch_size: Count
+    learning_rate: Positive
+    warmup_share: Share
+    weight_decay: NotNegative
+    max_grad_norm: Positive
+
+
+@dataclass(frozen=True)
+class GatedConfig(FineTuningConfig):
+    """Supervised fine-tuning of the base with the label-free gate."""
+
+    gate_prompts: CountOrZero
+    gate_samples: Count
+
+
+@dataclass(frozen=True)
+class SFTConfig(GatedConfig):
+    """Gentle supervised fine-tuning."""
+
+
+@dataclass(frozen=True)
+class SFTTunedConfig(GatedConfig):
+    """The same entries as `sft`, with the settings a practitioner would ship."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What every PPO stage has, whatever its reward."""
+
+    init: str
+    kl_anchor: str
+    missing_eos_reward: float
+    kl_coef: NotNegative
+    kl_estimator: Literal["k1", "k3"]
+    kl_stop: Positive | None
+    iterations: Count
+    batch_size: Count
+    epochs: Count
+    minibatch_size: Count
+    temperature: Positive
+    max_new_tokens: Count
+    critic_init: str
+    gamma: Share
+    gae_lambda: Share
+    whiten: bool
+    reward_std_floor: Positive
+    clip_range: Positive
+    value_clip_range: Positive | None
+    old_logps: Literal["auto", "recorded", "recomputed"]
+    learning_rate: Positive
+    critic_learning_rate: Positive
+    max_grad_norm: Positive
+
+
+@dataclass(frozen=True)
+class SRPPOConfig(PPOConfig):
+    """Self-Rewarding PPO (2510.21090); each question the paper leaves open is an entry."""
+
+    reward_target: str
+    reward_baseline: str
+    baseline_weight: NotNegative
+    placement: Literal["eos", "dense"]
+    span: Literal["sum", "mean", "eos_token"]
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Candidates, their self-reward and the pairs made of them (RSO, 2309.06657)."""
+
+    source: Literal["rso_sample_rank", "sft_sample_rank"]
+    reward_target: str
+    reward_baseline: str
+    baseline_weight: NotNegative
+    prompts: Count
+    candidates: Annotated[int, Range(2)]
+    temperature: Positive
+    max_new_tokens: Count
+    accepted: Annotated[int, Range(2)]
+    beta: NotNegative
+    pairing: Literal["first_round", "tournament"]
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Preference optimisation on pairs; `gamma` is the slope of the classifier (TRL's beta)."""
+
+    loss: Literal["sigmoid_norm", "hinge_norm", "hinge", "ipo"]
+    gamma: Positive
+    epochs: Count
+    batch_size: Count
+    learning_rate: Positive
+    warmup_share: Share
+    max_grad_norm: Positive
+
+
+@dataclass(frozen=True)
+class RSOConfig(PreferenceConfig):
+    """Preference optimisation on the pairs of the main line."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured, on which models."""
+
+    models: list[str]
+    samples: Count
+    temperature: Positive
+    temperatures: list[Positive]
+    max_new_tokens: Count
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What the report compares and shows."""
+
+    baselines: list[str]
+    samples: CountOrZero
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """Names in MLflow and the rule for the champion."""
+
+    model: str
+    experiment: str
+    champion_metric: str
+    champion_mode: Literal["min", "max"]

@@ -1,0 +1,66 @@
+"""Decoding from two models at once: token by token from target^(1 + w) baseline^(-w), normalised, without training.
+
+The token-wise form of the tilt that Self-Rewarding PPO converges to (with w = 1 / beta); a control for what training adds.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from apprentice.compute import CPU, Compute
+from apprentice.demonstrations import atomic_write
+from apprentice.policy import freeze, load_policy
+
+FILE = "tilt.json"  # in a model folder: the two models, relative to it, and the weight
+
+
+class TiltCache:
+    """The key-value caches of both models, as the sampler handles one."""
+
+    def __init__(self, target: Any, baseline: Any) -> None:
+        self.target, self.baseline = target, baseline
+
+    def batch_select_indices(self, index: Tensor) -> None:
+        """Keep some rows."""
+        self.target.batch_select_indices(index)
+        self.baseline.batch_select_indices(index)
+
+
+class Tilt(nn.Module):
+    """Two frozen models as one policy: logits are (1 + w) log target - w log baseline."""
+
+    def __init__(self, target: PreTrainedModel, baseline: PreTrainedModel, weight: float) -> None:
+        super().__init__()
+        self.target, self.baseline, self.weight = freeze(target), freeze(baseline), weight
+        self.config = target.config
+        self.eval()
+
+    def new_cache(self, make: Any) -> TiltCache:
+        """One cache for each model; `make` makes that of a model."""
+        return TiltCache(make(self.target), make(self.baseline))
+
+    def forward(self, past_key_values: TiltCache | None = None, **inputs: Any) -> SimpleNamespace:
+        """The arguments of a causal language model; returns an object with `logits` [B, L, V]."""
+        caches = (past_key_values.target, past_key_values.baseline) if past_key_values else (None, None)
+        target, baseline = (
+            model(**inputs, past_key_values=cache).logits.float().log_softmax(-1)
+            for model, cache in zip((self.target, self.baseline), caches, strict=True)
+        )
+        return SimpleNamespace(logits=(1 + self.weight) * target - self.weight * baseline)
+
+
+def write_tilt(folder: Path, target: Path, baseline: Path, weight: float) -> None:
+    """Write a model folder that names two others, siblings of it, and the weight."""
+    with atomic_write(folder / FILE) as file:
+        json.dump({"target": target.name, "baseline": baseline.name, "weight": weight}, file)
+
+
+def load_tilt(folder: Path, compute: Compute = CPU) -> Tilt:
+    """Load what `write_tilt` wrote."""
+    said = json.loads((folder / FILE).read_text())
+    target, baseline = (load_policy(folder.parent / said[name], compute) for name in ("target", "baseline"))
+    return Tilt(target, baseline, said["weight"])

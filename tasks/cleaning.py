@@ -6,12 +6,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from apprentice.config import IngestConfig
-from apprentice.demonstrations import Demonstration, Message, Prompt, demonstration, prompt_id, prompt_text, split_of
+from apprentice.demonstrations import (
+    QUALITIES,
+    Demonstration,
+    Message,
+    Prompt,
+    Split,
+    demonstration,
+    prompt_id,
+    prompt_text,
+    split_of,
+)
+from apprentice.sections import IngestConfig
 from apprentice.verifiers import ANSWERS
 from tasks.sources import Raw, Row
 
 ROLES = ("system", "user", "assistant")
+SUBOPTIMAL = tuple(quality for quality in QUALITIES if quality != "expert")
 Tables = dict[str, list[Demonstration]]
 
 
@@ -64,11 +75,14 @@ def clean(raws: Iterable[Raw], read: Callable[[Row], Row], config: IngestConfig,
 
 
 def add_answers(cleaned: Cleaned, verifier: str) -> Cleaned:
-    """Give each row with a response the answer its verifier compares with; a row without one is rejected."""
+    """Give each demonstration the answer its verifier compares with; one without is rejected.
+
+    A sub-optimal response may be wrong: such a row has no answer but the one that came with it.
+    """
     answered = Cleaned(rejected=cleaned.rejected.copy())
     for raw, row in cleaned.kept:
         answer = _answer(row, verifier)
-        if answer is None and row.response is not None:
+        if answer is None and row.response is not None and (row.answer is not None or not _is_suboptimal(row)):
             answered.reject(raw, f"no answer: the verifier {verifier} finds none")
         else:
             answered.kept.append((raw, replace(row, answer=answer)))
@@ -140,38 +154,67 @@ def _text(name: str, value: Any) -> str:
 
 
 def choose_verifier(rows: list[Demonstration], wanted: str) -> str | None:
-    """The verifier's name; `auto` takes gsm8k when every response ends in `#### number`, else none."""
+    """The verifier's name; `auto` takes gsm8k when every demonstration ends in `#### number`, else none."""
     if wanted != "auto":
         return None if wanted == "none" else wanted
-    responses = [row.response for row in rows if row.response is not None]
+    responses = [row.response for row in rows if row.response is not None and not _is_suboptimal(row)]
     return "gsm8k" if responses and all(ANSWERS["gsm8k"](response) for response in responses) else None
-
-
-def _answer(row: Demonstration, verifier: str) -> str | None:
-    """The row's own answer in the verifier's form, else the one its response gives."""
-    if row.answer is None:
-        return None if row.response is None else ANSWERS[verifier](row.response)
-    if verifier == "gsm8k" and "####" not in row.answer:
-        return ANSWERS[verifier](f"#### {row.answer}")
-    return row.answer if verifier == "world" else ANSWERS[verifier](row.answer)
 
 
 def split_tables(rows: list[Demonstration], config: IngestConfig, verifier: str | None) -> Tables:
     """Each row to the table of its prompt's split; `prompts` are the distinct prompts of the train split.
 
-    Held-out prompts without a response serve no table: they are returned under `unused`.
+    `suboptimal` are the train split's rows of quality mixed or poor. Held-out rows that are no demonstrations (such ones,
+    and prompts alone) serve no table: they are returned under `unused`. Training rows with an answer come again as `known`.
     """
-    tables: Tables = {"demonstrations": [], "validation": [], "prompts": [], "evaluation": [], "unused": []}
+    names = ("demonstrations", "validation", "prompts", "evaluation", "suboptimal", "unused", "known")
+    tables: Tables = {name: [] for name in names}
     pool: dict[str, Demonstration] = {}
     for row in rows:
         split = split_of(row.prompt, config.validation_share, config.evaluation_share)
         if split == "train":
             pool.setdefault(prompt_id(row.prompt), demonstration(row.prompt, None, row.source))
-        if row.response is None:
-            tables["unused"] += [row] if split != "train" else []
-        elif split == "evaluation":
-            tables[split].append(replace(row, meta={**row.meta, "domain": "in_domain", "verifier": verifier}))
-        else:
-            tables["demonstrations" if split == "train" else split].append(row)
+            tables["known"] += [row] if row.answer is not None else []
+        table = _table_of(row, split)
+        if table == "evaluation":
+            row = replace(row, meta={**row.meta, "domain": "in_domain", "verifier": verifier})
+        if table:
+            tables[table].append(row)
     tables["prompts"] = list(pool.values())
     return tables
+
+
+def answer_rows(known: Iterable[Demonstration], verifier: str) -> tuple[list[dict[str, Any]], int]:
+    """The table of answers, one row {prompt_id, answer, verifier} a prompt, and how many prompts had different ones.
+
+    The first answer of a prompt counts. Without a verifier ("none") nothing could compare with them: no rows.
+    """
+    answers: dict[str, str | None] = {}
+    disputed: set[str] = set()
+    for row in known if verifier != "none" else ():
+        key = prompt_id(row.prompt)
+        if answers.setdefault(key, row.answer) != row.answer:
+            disputed.add(key)
+    return [{"prompt_id": key, "answer": answer, "verifier": verifier} for key, answer in answers.items()], len(disputed)
+
+
+def _answer(row: Demonstration, verifier: str) -> str | None:
+    """The row's own answer in the verifier's form, else the one its response gives, if that is a demonstration."""
+    if row.answer is None:
+        return None if row.response is None or _is_suboptimal(row) else ANSWERS[verifier](row.response)
+    if verifier == "gsm8k" and "####" not in row.answer:
+        return ANSWERS[verifier](f"#### {row.answer}")
+    return row.answer if verifier == "world" else ANSWERS[verifier](row.answer)
+
+
+def _is_suboptimal(row: Demonstration) -> bool:
+    return row.quality in SUBOPTIMAL
+
+
+def _table_of(row: Demonstration, split: Split) -> str | None:
+    """The table of a row; None for one that is in the pool only."""
+    if split != "train":
+        return "unused" if row.response is None or _is_suboptimal(row) else split
+    if row.response is None:
+        return None
+    return "suboptimal" if _is_suboptimal(row) else "demonstrations"

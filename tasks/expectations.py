@@ -13,8 +13,8 @@ from great_expectations.core.expectation_validation_result import ExpectationVal
 from great_expectations.expectations.expectation import Expectation
 from great_expectations.expectations.row_conditions import Column
 
-from apprentice.config import ValidateConfig
 from apprentice.demonstrations import QUALITIES
+from apprentice.sections import ValidateConfig
 from apprentice.verifiers import VERIFIERS
 
 TYPES = {
@@ -26,6 +26,10 @@ TYPES = {
     "response": ["str"],
     "source": ["str"],
 }
+PROMPT_TYPES = {**TYPES, "response": ["NoneType"], "answer": ["NoneType"]}  # what the pool must not give away
+PAIR_TYPES = {name: TYPES[name] for name in ("id", "meta", "prompt", "source")} | {"chosen": ["str"], "rejected": ["str"]}
+ANSWER_TYPES = {"answer": ["str"], "prompt_id": ["str"], "verifier": ["str"]}
+TEXTS = {"prompts": ["prompt"], "preferences": ["prompt", "chosen", "rejected"]}
 DOMAINS = ["in_domain", "long", "out_of_domain_pool", "out_of_domain_unseen"]
 UNPRINTABLE = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]"
 FIRST_ROWS = 3
@@ -40,24 +44,46 @@ def suite_of(table: str, config: ValidateConfig, max_characters: int) -> list[Ex
             gxe.ExpectColumnValuesToBeBetween(column="unknown_share", max_value=config.max_unknown_share),
             gxe.ExpectColumnValuesToBeBetween(column="largest_class_share", max_value=config.max_class_share),
         ]
-    types = {**TYPES, "response": ["NoneType"] if table == "prompts" else ["str"]}
-    texts = ["prompt"] if table == "prompts" else ["prompt", "response"]
+    if table == "answers":
+        return [
+            *_form(ANSWER_TYPES),
+            gxe.ExpectColumnValuesToBeInSet(column="verifier", value_set=list(VERIFIERS)),
+            gxe.ExpectColumnValuesToBeInSet(column="answer_is_accepted", value_set=[True]),
+        ]
+    types = {"preferences": PAIR_TYPES, "prompts": PROMPT_TYPES}.get(table, TYPES)
     suite = [
-        gxe.ExpectColumnValuesToBeInSet(column="fields", value_set=[" ".join(TYPES)]),
-        *(gxe.ExpectColumnValuesToBeInSet(column=f"{name}_type", value_set=types[name]) for name in TYPES),
-        gxe.ExpectColumnValuesToBeUnique(column="id"),
+        *_form(types),
         gxe.ExpectColumnValuesToBeInSet(column="id_is_hash", value_set=[True]),
-        gxe.ExpectColumnValuesToBeInSet(column="splits_of_prompt", value_set=[1]),
-        gxe.ExpectColumnValuesToBeInSet(column="quality", value_set=list(QUALITIES)),
         gxe.ExpectColumnValuesToBeBetween(column="tokens", min_value=1, max_value=config.max_tokens),
     ]
-    for text in texts:
+    for text in TEXTS.get(table, ["prompt", "response"]):
         suite += [
             gxe.ExpectColumnValueLengthsToBeBetween(column=text, min_value=1, max_value=max_characters),
             gxe.ExpectColumnValuesToNotMatchRegex(column=text, regex=UNPRINTABLE),
             gxe.ExpectColumnValuesToMatchRegex(column=text, regex=r"\w"),
         ]
-    return suite + (_evaluation_suite() if table == "evaluation" else [])
+    if table == "preferences":
+        return [*suite, gxe.ExpectColumnValuesToBeInSet(column="responses_differ", value_set=[True])]
+    return suite + _quality_suite(table) + (_evaluation_suite() if table == "evaluation" else [])
+
+
+def _form(types: dict[str, list[str]]) -> list[Expectation]:
+    """The fields of a table and their types, ids that occur once, and prompts of one split only."""
+    return [
+        gxe.ExpectColumnValuesToBeInSet(column="fields", value_set=[" ".join(sorted(types))]),
+        *(gxe.ExpectColumnValuesToBeInSet(column=f"{name}_type", value_set=found) for name, found in types.items()),
+        gxe.ExpectColumnValuesToBeUnique(column="id"),
+        gxe.ExpectColumnValuesToBeInSet(column="splits_of_prompt", value_set=[1]),
+    ]
+
+
+def _quality_suite(table: str) -> list[Expectation]:
+    if table != "suboptimal":
+        return [gxe.ExpectColumnValuesToBeInSet(column="quality", value_set=["expert"])]
+    return [
+        gxe.ExpectColumnValuesToBeInSet(column="quality", value_set=[name for name in QUALITIES if name != "expert"]),
+        gxe.ExpectColumnValuesToNotBeNull(column="quality"),
+    ]
 
 
 def _evaluation_suite() -> list[Expectation]:

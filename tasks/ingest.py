@@ -5,49 +5,58 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apprentice.demonstrations import atomic_write, split_of, write_demonstrations
-from apprentice.world import WorldError, make_tables
-from tasks.cleaning import Tables, add_answers, choose_verifier, clean, split_tables
+from apprentice.demonstrations import Prompt, Split, atomic_write, split_of, write_demonstrations, write_jsonl
+from apprentice.world import WorldError, make_preferences, make_tables
+from tasks.cleaning import Tables, add_answers, answer_rows, choose_verifier, clean, split_tables
 from tasks.sources import read_source, recognise
 from tasks.stage import Stage, StageError, run
 
 TABLES = ("demonstrations", "validation", "prompts", "evaluation")
+Rows = list[dict[str, Any]]
 
 
 def main(stage: Stage) -> None:
-    """Read, clean and split the source; write five tables and the counts."""
+    """Read, clean and split the source; write eight tables and the counts."""
     clean_folder = stage.data / "clean"
+    preferences: Rows = []
     if stage.config.source.kind == "world":
-        tables, figures = _world_tables(stage)
+        tables, preferences, figures = _world_tables(stage)
         _write_rejected(clean_folder / "rejected.jsonl", [])
     else:
         tables, figures = _source_tables(stage, clean_folder / "rejected.jsonl")
-    for name in TABLES:
+    answers, disputed = answer_rows(tables["known"], figures["verifier"])
+    for name in (*TABLES, "suboptimal"):
         write_demonstrations(clean_folder / f"{name}.jsonl", tables[name])
-    sizes = {name: len(tables[name]) for name in TABLES}
-    stage.metrics({**figures, **sizes})
+    write_jsonl(clean_folder / "preferences.jsonl", preferences)
+    write_jsonl(clean_folder / "answers.jsonl", answers)
+    sizes = {name: len(tables[name]) for name in (*TABLES, "suboptimal")}
+    sizes |= {"preferences": len(preferences), "answers": len(answers)}
+    stage.metrics({**figures, **sizes, "answers_disputed": disputed})
     stage.say(", ".join(f"{size} {name}" for name, size in sizes.items()) + f"; verifier: {figures['verifier']}")
-    _check_sizes(sizes)
+    if disputed:
+        stage.say(f"{disputed} prompts have several answers: the first one counts")
+    _check_sizes({name: sizes[name] for name in TABLES})
     stage.say("next: `dvc repro validate` checks the tables")
 
 
-def _world_tables(stage: Stage) -> tuple[Tables, dict[str, Any]]:
+def _world_tables(stage: Stage) -> tuple[Tables, Rows, dict[str, Any]]:
     config = stage.config
     if config.verifier not in ("auto", "none", "world"):
         raise StageError(f"ingest.verifier: the world is checked by `world` (or auto, or none), not {config.verifier!r}")
+
+    def split(prompt: Prompt) -> Split:
+        return split_of(prompt, config.validation_share, config.evaluation_share)
+
     try:
-        tables = make_tables(
-            stage.params.seed,
-            config.world,
-            lambda prompt: split_of(prompt, config.validation_share, config.evaluation_share),
-        )
+        tables = make_tables(stage.params.seed, config.world, split)
+        preferences = make_preferences(stage.params.seed, config.world, split)
     except WorldError as error:
         raise StageError(str(error)) from error
     if config.verifier == "none":
         tables["evaluation"] = [replace(row, meta={**row.meta, "verifier": None}) for row in tables["evaluation"]]
-    rows = sum(map(len, tables.values()))
+    rows = sum(len(tables[name]) for name in (*TABLES, "suboptimal"))
     counts = {"rows_read": rows, "rows_kept": rows, "rows_rejected": 0, "rejected": {}, "unused": 0}
-    return tables, {**counts, "shape": "world", "verifier": "none" if config.verifier == "none" else "world"}
+    return tables, preferences, {**counts, "shape": "world", "verifier": "none" if config.verifier == "none" else "world"}
 
 
 def _source_tables(stage: Stage, rejected: Path) -> tuple[Tables, dict[str, Any]]:
@@ -94,7 +103,7 @@ def _check_rejected(stage: Stage, figures: dict[str, Any]) -> None:
 
 
 def _check_sizes(sizes: dict[str, int]) -> None:
-    """Later stages need every table."""
+    """The main line needs each of these tables."""
     empty = [table for table, size in sizes.items() if not size]
     if empty:
         raise StageError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apprentice.config import SourceConfig
+from apprentice.sections import SourceConfig
 from tasks.stage import StageError
 
 Row = dict[str, Any]

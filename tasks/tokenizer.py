@@ -5,7 +5,7 @@ from tasks.stage import Stage, run
 
 def main(stage: Stage) -> None:
     """Write data/models/tokenizer and its size."""
-    from apprentice.demonstrations import prompt_text, read_demonstrations
+    from apprentice.demonstrations import prompt_text, read_demonstrations, read_jsonl
     from apprentice.tokens import SPECIAL, train_word_tokenizer
     from apprentice.world import WORDS
 
@@ -18,9 +18,11 @@ def main(stage: Stage) -> None:
     else:
         tables = [
             read_demonstrations(stage.data / "clean" / f"{name}.jsonl")
-            for name in ("demonstrations", "validation", "prompts", "evaluation")
+            for name in ("demonstrations", "validation", "prompts", "evaluation", "suboptimal")
         ]
         texts = [f"{prompt_text(row.prompt)} {row.response or ''}" for rows in tables for row in rows]
+        pairs = read_jsonl(stage.data / "clean" / "preferences.jsonl")
+        texts += [f"{prompt_text(row['prompt'])} {row['chosen']} {row['rejected']}" for row in pairs]
         world = all(row.source.startswith("world") for row in tables[0])
         tokenizer = train_word_tokenizer(texts, stage.config.max_words, WORDS if world else ())
         stage.say(f"{len(tokenizer)} tokens, {len(SPECIAL)} of them reserved")

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tasks.stage import Stage, StageError, run, stores_root, write_json
@@ -9,8 +10,20 @@ from tasks.stage import Stage, StageError, run, stores_root, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TABLES = {"demonstrations": "train", "validation": "validation", "prompts": "train", "evaluation": "evaluation"}
+TABLES = {
+    "demonstrations": "train",
+    "validation": "validation",
+    "prompts": "train",
+    "evaluation": "evaluation",
+    "suboptimal": "train",
+    "preferences": "train",
+    "answers": "train",
+}
+OPTIONAL = ("suboptimal", "preferences", "answers")  # these may be empty, and are then not checked
 FIELDS = ("answer", "id", "meta", "prompt", "quality", "response", "source")
+PAIR_FIELDS = ("chosen", "id", "meta", "prompt", "rejected", "source")
+SIDES = ("chosen", "rejected")
+ANSWER_FIELDS = ("answer", "prompt_id", "verifier")
 ADVICE = {
     "unknown_share": "the tokenizer does not know these words: name a real checkpoint in pretrain.checkpoint, "
     "or raise tokenizer.max_words",
@@ -34,15 +47,17 @@ def main(stage: Stage) -> None:
     docs = stores_root() / ".telemetry" / "data_docs"
     shutil.rmtree(docs, ignore_errors=True)
     outcomes, docs_error = run_suites(frames, suites, docs)
-    write_json(stage.reports / "validation.json", outcomes)
+    skipped = [name for name in OPTIONAL if name not in frames]
+    write_json(stage.reports / "validation.json", outcomes + [_skipped(name) for name in skipped])
     failed = [outcome for outcome in outcomes if not outcome["success"]]
     stage.metrics(
         {
             "expectations": len(outcomes),
             "failed": len(failed),
             "rows": {name: len(rows) for name, rows in tables.items()},
-            "longest_tokens": {name: max((row["tokens"] for row in frames[name]), default=0) for name in TABLES},
+            "longest_tokens": {row["id"]: row["longest_tokens"] for row in frames["tables"]},
             "unknown_share": {row["id"]: round(row["unknown_share"], 6) for row in frames["tables"]},
+            "skipped": skipped,
         }
     )
     if docs_error:
@@ -52,31 +67,43 @@ def main(stage: Stage) -> None:
 
 
 def make_frames(tables: dict[str, list[Row]], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[Row]]:
-    """The columns that the suites check: one frame per table, and `tables` with one row for each of them."""
-    from apprentice.demonstrations import digest
-
+    """The columns that the suites check: a frame for each table that is not skipped, and `tables` with a row for each text."""
     splits: dict[str, set[str]] = {}
     for name, rows in tables.items():
         for row in rows:
-            splits.setdefault(digest(row.get("prompt")), set()).add(TABLES[name])
-    frames = {name: [_checked(row, splits) for row in rows] for name, rows in tables.items()}
-    for name, rows in tables.items():
-        _count_tokens(frames[name], rows, tokenizer)
-    frames["tables"] = [_summary(name, rows) for name, rows in frames.items()]
+            splits.setdefault(_prompt_key(row), set()).add(TABLES[name])
+    kinds = {"preferences": _checked_pair, "answers": _checked_answer}
+    checked = {name: rows for name, rows in tables.items() if rows or name not in OPTIONAL}
+    frames = {
+        name: [{**kinds.get(name, _checked)(row), "splits_of_prompt": len(splits[_prompt_key(row)])} for row in rows]
+        for name, rows in checked.items()
+    }
+    texts = [name for name in frames if name != "answers"]
+    for name in texts:
+        _count_tokens(frames[name], checked[name], tokenizer, SIDES if name == "preferences" else ("response",))
+    trained = [row["quality"] for name in ("demonstrations", "suboptimal") for row in frames.get(name, [])]
+    classes = Counter(quality for quality in trained if quality is not None)
+    frames["tables"] = [_summary(name, frames[name], classes) for name in texts]
     return frames
 
 
-def _checked(row: Row, splits: dict[str, set[str]]) -> Row:
+def _prompt_key(row: Row) -> str:
+    """The id of a row's prompt, whatever stands in its place."""
+    from apprentice.demonstrations import prompt_id
+
+    return str(row["prompt_id"]) if "prompt_id" in row else prompt_id(row.get("prompt"))
+
+
+def _checked(row: Row) -> Row:
+    """A row of the canonical schema."""
     from apprentice.demonstrations import digest
 
     prompt, response, meta = row.get("prompt"), row.get("response"), row.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     return {
+        **_form(row, FIELDS),
         "id": _scalar(row.get("id")),
-        "fields": " ".join(sorted(row)),
-        **{f"{name}_type": type(row.get(name)).__name__ for name in FIELDS},
         "id_is_hash": row.get("id") == digest([prompt, response])[:16],
-        "splits_of_prompt": len(splits[digest(prompt)]),
         "prompt": _text(prompt),
         "response": response if isinstance(response, str) else None,
         "quality": _scalar(row.get("quality")),
@@ -84,6 +111,43 @@ def _checked(row: Row, splits: dict[str, set[str]]) -> Row:
         "domain": _scalar(meta.get("domain")),
         "verifier": _scalar(meta.get("verifier")),
     }
+
+
+def _checked_pair(row: Row) -> Row:
+    """A row of the preference pairs."""
+    from apprentice.demonstrations import digest
+
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    return {
+        **_form(row, PAIR_FIELDS),
+        "id": _scalar(row.get("id")),
+        "id_is_hash": row.get("id") == digest([prompt, chosen, rejected])[:16],
+        "prompt": _text(prompt),
+        "chosen": chosen if isinstance(chosen, str) else None,
+        "rejected": rejected if isinstance(rejected, str) else None,
+        "responses_differ": chosen != rejected,
+    }
+
+
+def _checked_answer(row: Row) -> Row:
+    """A row of the answers; one that its verifier does not accept, written bare, could never be given."""
+    from apprentice.verifiers import BARE, verify
+
+    answer, verifier, accepted = row.get("answer"), _scalar(row.get("verifier")), False
+    if isinstance(answer, str) and verifier in BARE:
+        with suppress(ValueError):
+            accepted = verify(verifier, BARE[verifier](answer), answer)
+    return {
+        **_form(row, ANSWER_FIELDS),
+        "id": _scalar(row.get("prompt_id")),
+        "verifier": verifier,
+        "answer_is_accepted": accepted,
+    }
+
+
+def _form(row: Row, fields: tuple[str, ...]) -> Row:
+    """Which fields a row has, and of which types they are."""
+    return {"fields": " ".join(sorted(row)), **{f"{name}_type": type(row.get(name)).__name__ for name in fields}}
 
 
 def _scalar(value: Any) -> str | None:
@@ -104,27 +168,43 @@ def _is_chat(prompt: Any) -> bool:
     )
 
 
-def _count_tokens(frame: list[Row], rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Add the columns `tokens` (prompt with its chat frame, and response) and `unknown` to a frame."""
+def _count_tokens(frame: list[Row], rows: list[Row], tokenizer: "PreTrainedTokenizerBase", responses: tuple[str, ...]) -> None:
+    """Add to a frame: `tokens` of prompt (with its chat frame) and response, the longer one of a pair; `all_tokens` of both
+    sides of a pair; and how many of those are `unknown`."""
     from apprentice.tokens import encode_prompts, encode_responses
 
     usable = ["" if row["prompt"] is None else raw["prompt"] for row, raw in zip(frame, rows, strict=True)]
     prompts = encode_prompts(tokenizer, usable)
-    responses = encode_responses(tokenizer, [row["response"] or "" for row in frame])
-    for row, prompt, response in zip(frame, prompts, responses, strict=True):
-        ids = prompt + (response if row["response"] is not None else [])
-        row["tokens"] = len(ids)
-        row["unknown"] = 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
+    sides = [encode_responses(tokenizer, [row[column] or "" for row in frame]) for column in responses]
+    for row, prompt, *said in zip(frame, prompts, *sides, strict=True):
+        texts = [prompt + (ids if row[column] is not None else []) for column, ids in zip(responses, said, strict=True)]
+        row["tokens"], row["all_tokens"] = max(map(len, texts)), sum(map(len, texts))
+        unknown = tokenizer.unk_token_id
+        row["unknown"] = 0 if unknown is None else sum(ids.count(unknown) for ids in texts)
 
 
-def _summary(name: str, rows: list[Row]) -> Row:
-    classes = Counter(row["quality"] for row in rows if row["quality"] is not None)
-    tokens = sum(row["tokens"] for row in rows)
+def _summary(name: str, rows: list[Row], classes: Counter[str]) -> Row:
+    """One table; the classes are those of all training rows, so the row of the demonstrations alone bears their balance."""
+    largest = max(classes.values(), default=0) / max(classes.total(), 1)
     return {
         "id": name,
         "rows": len(rows),
-        "unknown_share": sum(row["unknown"] for row in rows) / max(tokens, 1),
-        "largest_class_share": max(classes.values(), default=0) / max(classes.total(), 1),
+        "longest_tokens": max((row["tokens"] for row in rows), default=0),
+        "unknown_share": sum(row["unknown"] for row in rows) / max(sum(row["all_tokens"] for row in rows), 1),
+        "largest_class_share": largest if name == "demonstrations" else None,
+    }
+
+
+def _skipped(table: str) -> Row:
+    """What stands in validation.json for a table that was not checked, since it is empty and may be."""
+    return {
+        "table": table,
+        "expectation": "skipped_as_empty",
+        "column": None,
+        "success": True,
+        "checked": 0,
+        "unexpected": 0,
+        "first_rows": [],
     }
 
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apprentice.config import Params, parse
-from apprentice.demonstrations import read_demonstrations, read_jsonl, split_of
+from apprentice.demonstrations import prompt_id, read_demonstrations, read_jsonl, split_of
 from tasks import ingest
-from tasks.cleaning import Cleaned, add_answers, choose_verifier, clean, split_tables
+from tasks.cleaning import Cleaned, add_answers, answer_rows, choose_verifier, clean, split_tables
 from tasks.sources import Raw, read_source, recognise
 from tasks.stage import Stage, StageError
 
@@ -110,7 +110,9 @@ def test_duplicates_and_other_responses_to_the_same_prompt(params: ParamsOf) -> 
 
 words = st.text("ab \n\x00?", max_size=4)
 values = st.one_of(st.none(), words, st.integers(), st.lists(words, max_size=1))
-raw_rows = st.lists(st.one_of(st.text(max_size=2), st.fixed_dictionaries({"prompt": values, "response": values})), max_size=30)
+qualities = st.sampled_from([None, "expert", "mixed", "poor", "superb"])
+raw_row = st.fixed_dictionaries({"prompt": values, "response": values, "quality": qualities})
+raw_rows = st.lists(st.one_of(st.text(max_size=2), raw_row), max_size=30)
 
 
 @given(rows=raw_rows, first=st.booleans())
@@ -127,9 +129,11 @@ def test_every_row_is_kept_or_rejected_once(rows: list[Any], first: bool) -> Non
             assert text is None or (text == str(text).strip() and any(map(str.isalnum, text)) and "\x00" not in text)
     tables = split_tables(result.rows, config, None)
     held_out = {str(row.prompt) for name in ("validation", "evaluation", "unused") for row in tables[name]}
-    assert not held_out & {str(row.prompt) for name in ("demonstrations", "prompts") for row in tables[name]}
-    placed = len(result.rows) - sum(len(tables[name]) for name in ("demonstrations", "validation", "evaluation", "unused"))
+    assert not held_out & {str(row.prompt) for name in ("demonstrations", "suboptimal", "prompts") for row in tables[name]}
+    once = ("demonstrations", "validation", "evaluation", "suboptimal", "unused")
+    placed = len(result.rows) - sum(len(tables[name]) for name in once)
     assert placed == sum(row.response is None and str(row.prompt) not in held_out for row in result.rows)
+    assert all((row.quality in ("mixed", "poor")) == (name == "suboptimal") for name in once[:-1] for row in tables[name])
 
 
 @given(st.lists(st.text("abc", min_size=1), unique=True, max_size=40), st.integers(0, 40))
@@ -170,6 +174,59 @@ def test_verifier_is_recognised_and_gives_answers(params: ParamsOf) -> None:
     own = cleaned(params, {"prompt": "p", "response": "so #### 7", "answer": "$7.0"})
     assert add_answers(own, "gsm8k").rows[0].answer == "7"
     assert add_answers(own, "exact").rows[0].answer == "$7.0"
+
+
+def test_suboptimal_rows_train_apart_and_measure_nothing(params: ParamsOf) -> None:
+    prompts = [f"question {n}" for n in range(60)]
+    levels = [None, "expert", "mixed", "poor"]
+    rows = [{"prompt": p, "response": f"as {level}", "quality": level} for p in prompts for level in levels]
+    result = cleaned(params, *rows, {"prompt": "lone 1", "response": "as poor", "quality": "poor"})
+    tables = split_tables(result.rows, params().ingest, None)
+    split = {p: split_of(p, 0.1, 0.2) for p in [*prompts, "lone 1"]}
+    train = [p for p in split if split[p] == "train"]
+    assert split["lone 1"] == "train" and 0 < len(train) < 61
+
+    def placed(name: str) -> list[tuple[Any, str | None]]:
+        return [(row.prompt, row.quality) for row in tables[name]]
+
+    assert placed("demonstrations") == [(p, level) for p in train[:-1] for level in (None, "expert")]
+    assert placed("suboptimal") == [(p, level) for p in train[:-1] for level in ("mixed", "poor")] + [("lone 1", "poor")]
+    for name in ("validation", "evaluation"):
+        assert placed(name) == [(p, level) for p in prompts if split[p] == name for level in (None, "expert")]
+    assert placed("unused") == [(p, level) for p in prompts if split[p] != "train" for level in ("mixed", "poor")]
+    assert [row.prompt for row in tables["prompts"]] == train
+
+
+def test_answers_are_known_once_a_prompt_and_by_no_suboptimal_response(params: ParamsOf) -> None:
+    (train, *more), held_out = (
+        [p for p in (f"question {n}" for n in range(60)) if (split_of(p, 0.1, 0.2) == "train") == wanted]
+        for wanted in (True, False)
+    )
+    rows = [
+        {"prompt": more[0], "response": "wrong #### 5", "quality": "poor"},
+        {"prompt": more[0], "response": "no number", "quality": "mixed"},
+        {"prompt": more[1], "response": "wrong #### 5", "answer": "1,006", "quality": "poor"},
+        {"prompt": more[2], "answer": 7},
+        {"prompt": more[3]},
+        *({"prompt": train, "response": f"{n} #### {n}"} for n in (1, 2, 3)),
+        {"prompt": more[4], "response": "so #### 4"},
+        {"prompt": more[4], "response": "or #### 4.0"},
+        *({"prompt": p, "response": "so #### 8", "quality": "expert"} for p in held_out),
+        {"prompt": more[5], "response": "so #### 9", "answer": "nine", "quality": "poor"},
+    ]
+    result = cleaned(params, *rows)
+    assert choose_verifier(result.rows, "auto") == "gsm8k"
+    answered = add_answers(result, "gsm8k")
+    assert [(row["line"], row["reason"]) for row in answered.rejected] == [
+        (len(rows), "no answer: the verifier gsm8k finds none")
+    ]
+    assert [row.answer for row in answered.rows[:3]] == [None, None, "1006"]
+    known = split_tables(answered.rows, params().ingest, "gsm8k")["known"]
+    found, disputed = answer_rows(known, "gsm8k")
+    wanted = {more[1]: "1006", more[2]: "7", train: "1", more[4]: "4"}
+    assert found == [{"prompt_id": prompt_id(p), "answer": answer, "verifier": "gsm8k"} for p, answer in wanted.items()]
+    assert disputed == 1
+    assert answer_rows(known, "none") == ([], 0)
 
 
 @pytest.mark.parametrize(
@@ -267,19 +324,53 @@ def test_hub_is_asked_for_the_pinned_revision(tmp_path: Path, params: ParamsOf, 
 
 
 def test_world_tables_are_written(stage_of: StageOf) -> None:
-    sizes = {"demonstrations": 20, "validation": 8, "prompts": 40, "evaluation": 4}
+    sizes = {"demonstrations": 20, "validation": 8, "prompts": 40, "evaluation": 4, "suboptimal": 30, "preferences": 24}
     stage = stage_of("ingest", **{"ingest.world": sizes})
     figures = run_ingest(stage)
-    counts = {name: len(read_demonstrations(stage.data / "clean" / f"{name}.jsonl")) for name in ingest.TABLES}
-    assert counts == {"demonstrations": 20, "validation": 8, "prompts": 40, "evaluation": 60}
+    canonical = (*ingest.TABLES, "suboptimal")
+    tables = {name: read_demonstrations(stage.data / "clean" / f"{name}.jsonl") for name in canonical}
+    preferences, answers = (read_jsonl(stage.data / "clean" / f"{name}.jsonl") for name in ("preferences", "answers"))
+    known = {prompt_id(row.prompt) for name in ("demonstrations", "prompts", "suboptimal") for row in tables[name]}
+    counts = {**{name: len(tables[name]) for name in canonical}, "preferences": len(preferences), "answers": len(answers)}
+    assert counts == {**sizes, "evaluation": 60, "answers": len(known)}
     assert {name: figures[name] for name in counts} == counts
     assert (figures["shape"], figures["verifier"], figures["rows_rejected"]) == ("world", "world", 0)
+    assert (figures["rows_read"], figures["answers_disputed"]) == (20 + 8 + 40 + 60 + 30, 0)
     assert (stage.data / "clean" / "rejected.jsonl").read_text() == ""
+    assert {row["prompt_id"] for row in answers} == known and {row["verifier"] for row in answers} == {"world"}
+    given = {row["prompt_id"]: row["answer"] for row in answers}
+    for row in tables["demonstrations"] + tables["suboptimal"]:
+        assert given[prompt_id(row.prompt)] == row.answer
+    assert all(row.answer is None for row in tables["prompts"])
+    assert set(preferences[0]) == {"id", "prompt", "chosen", "rejected", "source", "meta"}
+
+
+def test_a_source_gives_the_same_tables_and_no_preferences(tmp_path: Path, stage_of: StageOf) -> None:
+    prompts = [f"q{n}" for n in range(60)]
+    rows = [
+        {"prompt": p, "response": f"{r} #### {n % 7}", "quality": r} for n, p in enumerate(prompts) for r in ("expert", "poor")
+    ]
+    train = [n for n, p in enumerate(prompts) if split_of(p, 0.1, 0.2) == "train"]
+    rows.append({"prompt": prompts[train[0]], "response": "but #### 9", "quality": "expert"})
+    stage = stage_of("ingest", **source_of(tmp_path, "".join(json.dumps(row) + "\n" for row in rows)))
+    figures = run_ingest(stage)
+    read = {name: read_jsonl(stage.data / "clean" / f"{name}.jsonl") for name in ("suboptimal", "preferences", "answers")}
+    assert [row["prompt"] for row in read["suboptimal"]] == [prompts[n] for n in train]
+    assert read["preferences"] == []
+    assert [row["answer"] for row in read["answers"]] == [str(n % 7) for n in train]
+    assert (figures["demonstrations"], figures["suboptimal"], figures["unused"]) == (
+        len(train) + 1,
+        len(train),
+        60 - len(train),
+    )
+    assert (figures["answers"], figures["answers_disputed"], figures["verifier"]) == (len(train), 1, "gsm8k")
 
 
 def test_world_obeys_the_verifier_entry(stage_of: StageOf) -> None:
     stage = stage_of("ingest", **{"ingest.verifier": "none"})
-    assert run_ingest(stage)["verifier"] == "none"
+    figures = run_ingest(stage)
+    assert (figures["verifier"], figures["answers"]) == ("none", 0)
+    assert (stage.data / "clean" / "answers.jsonl").read_text() == ""
     assert {row.meta["verifier"] for row in read_demonstrations(stage.data / "clean" / "evaluation.jsonl")} == {None}
     with pytest.raises(StageError, match=r"ingest\.verifier"):
         run_ingest(stage_of("ingest", **{"ingest.verifier": "gsm8k"}))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from apprentice.demonstrations import demonstration, read_jsonl, write_jsonl
+from apprentice.demonstrations import demonstration, digest, read_jsonl, write_jsonl
 from tasks import ingest, tokenizer, validate
 from tasks.stage import Stage, StageError
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"demonstrations": 20, "validation": 8, "prompts": 40, "evaluation": 4}
+SIZES = {"demonstrations": 20, "validation": 8, "prompts": 40, "evaluation": 4, "suboptimal": 30, "preferences": 24}
 StageOf = Callable[..., Stage]
 
 
@@ -51,7 +51,9 @@ def test_clean_tables_pass_and_the_report_repeats_itself(tables: Path, stage_of:
     first = (stage.reports / "validation.json").read_bytes()
     figures = json.loads((stage.reports / "metrics.json").read_text())
     assert figures["failed"] == 0 and figures["expectations"] == len(outcomes_of(stage)) > 60
-    assert figures["rows"] == {"demonstrations": 20, "validation": 8, "prompts": 40, "evaluation": 60}
+    answers = len(read_jsonl(tables / "answers.jsonl"))
+    assert figures["rows"] == {**SIZES, "evaluation": 60, "answers": answers} and 40 < answers <= 20 + 40 + 15
+    assert figures["longest_tokens"].keys() == figures["unknown_share"].keys() == SIZES.keys() and figures["skipped"] == []
     assert 20 < figures["longest_tokens"]["demonstrations"] < 60
     assert set(figures["unknown_share"].values()) == {0.0}
     assert set(outcomes_of(stage)[0]) == {*("table", "expectation", "column", "success", "checked", "unexpected", "first_rows")}
@@ -83,12 +85,13 @@ def test_each_broken_rule_is_found_with_its_rows(tables: Path, stage_of: StageOf
 
     edit(tables / "demonstrations.jsonl", break_demonstrations)
     edit(tables / "prompts.jsonl", lambda rows: remade(rows[0], response="first"))
+    edit(tables / "prompts.jsonl", lambda rows: rows[1].update(answer="9"))
     edit(tables / "evaluation.jsonl", lambda rows: rows[1].update(answer=None))
     edit(tables / "evaluation.jsonl", lambda rows: rows[2]["meta"].update(verifier="word", domain="inside"))
     stage = stage_of("validate", **{"ingest.max_characters": 600})
     with pytest.raises(StageError):
         validate.main(stage)
-    evaluation = [row["id"] for row in read_jsonl(tables / "evaluation.jsonl")]
+    evaluation, prompts = ([row["id"] for row in read_jsonl(tables / f"{name}.jsonl")] for name in ("evaluation", "prompts"))
     assert broken_rules(stage) == {
         "demonstrations id values_to_be_unique": [ids[0], ids[0]],
         "demonstrations id_is_hash values_to_be_in_set": [ids[1]],
@@ -102,11 +105,109 @@ def test_each_broken_rule_is_found_with_its_rows(tables: Path, stage_of: StageOf
         "demonstrations response value_lengths_to_be_between": [ids[8]],
         "demonstrations tokens values_to_be_between": [ids[8]],
         "demonstrations splits_of_prompt values_to_be_in_set": [ids[9]],
-        "prompts response_type values_to_be_in_set": [read_jsonl(tables / "prompts.jsonl")[0]["id"]],
+        "prompts response_type values_to_be_in_set": [prompts[0]],
+        "prompts answer_type values_to_be_in_set": [prompts[1]],
         "evaluation splits_of_prompt values_to_be_in_set": [evaluation[0]],
         "evaluation answer values_to_not_be_null": [evaluation[1]],
         "evaluation domain values_to_be_in_set": [evaluation[2]],
         "evaluation verifier values_to_be_in_set": [evaluation[2]],
+    }
+
+
+def test_each_broken_rule_of_the_further_tables_is_found(tables: Path, stage_of: StageOf) -> None:
+    held_out = read_jsonl(tables / "evaluation.jsonl")[0]["prompt"]
+    named: dict[str, list[str]] = {}
+
+    def hashed(row: dict[str, Any], **fields: Any) -> None:
+        row.update(fields)
+        texts = [row["prompt"], *(row[side] for side in ("response", "chosen", "rejected") if side in row)]
+        row["id"] = digest(texts)[:16]
+
+    def break_suboptimal(rows: list[dict[str, Any]]) -> None:
+        rows[0]["quality"] = "expert"
+        rows[1]["quality"] = None
+        hashed(rows[2], prompt=held_out)
+        hashed(rows[3], response="first " * 300)
+        named["suboptimal"] = [row["id"] for row in rows]
+
+    def break_preferences(rows: list[dict[str, Any]]) -> None:
+        hashed(rows[0], rejected=rows[0]["chosen"])
+        hashed(rows[1], prompt=held_out)
+        hashed(rows[2], chosen="first " * 300)
+        hashed(rows[3], rejected="first " * 300)
+        hashed(rows[4], rejected="; ;")
+        hashed(rows[5], chosen=7)
+        rows[6]["id"] = rows[7]["id"]
+        rows[8]["score"] = 1
+        named["preferences"] = [row["id"] for row in rows]
+
+    def break_answers(rows: list[dict[str, Any]]) -> None:
+        rows[0]["answer"] = 9
+        rows[1]["answer"] = "q : 9 answer : 9"
+        rows[2].update(verifier="gsm8k", answer="many")
+        rows[3]["verifier"] = ["world"]
+        rows[4]["prompt_id"] = digest(held_out)[:16]
+        rows[5]["prompt"] = "q"
+        named["answers"] = [row["prompt_id"] for row in rows]
+
+    edit(tables / "suboptimal.jsonl", break_suboptimal)
+    edit(tables / "preferences.jsonl", break_preferences)
+    edit(tables / "answers.jsonl", break_answers)
+    stage = stage_of("validate", **{"ingest.max_characters": 600})
+    with pytest.raises(StageError):
+        validate.main(stage)
+    s, p, a = named["suboptimal"], named["preferences"], named["answers"]
+    assert broken_rules(stage) == {
+        "evaluation splits_of_prompt values_to_be_in_set": [read_jsonl(tables / "evaluation.jsonl")[0]["id"]],
+        "suboptimal quality values_to_be_in_set": [s[0]],
+        "suboptimal quality values_to_not_be_null": [s[1]],
+        "suboptimal splits_of_prompt values_to_be_in_set": [s[2]],
+        "suboptimal response value_lengths_to_be_between": [s[3]],
+        "suboptimal tokens values_to_be_between": [s[3]],
+        "preferences responses_differ values_to_be_in_set": [p[0]],
+        "preferences splits_of_prompt values_to_be_in_set": [p[1]],
+        "preferences chosen value_lengths_to_be_between": [p[2]],
+        "preferences rejected value_lengths_to_be_between": [p[3]],
+        "preferences tokens values_to_be_between": [p[2], p[3]],
+        "preferences rejected values_to_match_regex": [p[4]],
+        "preferences chosen_type values_to_be_in_set": [p[5]],
+        "preferences id values_to_be_unique": [p[6], p[7]],
+        "preferences id_is_hash values_to_be_in_set": [p[6]],
+        "preferences fields values_to_be_in_set": [p[8]],
+        "answers answer_type values_to_be_in_set": [a[0]],
+        "answers answer_is_accepted values_to_be_in_set": [a[0], a[1], a[2]],
+        "answers verifier values_to_be_in_set": [a[3]],
+        "answers verifier_type values_to_be_in_set": [a[3]],
+        "answers splits_of_prompt values_to_be_in_set": [a[4]],
+        "answers fields values_to_be_in_set": [a[5]],
+    }
+
+
+def test_demonstrations_and_held_out_rows_are_expert_or_unlabelled(tables: Path, stage_of: StageOf) -> None:
+    for name in ("demonstrations", "validation", "evaluation"):
+        edit(tables / f"{name}.jsonl", lambda rows: rows[3].update(quality="mixed"))
+    stage = stage_of("validate")
+    with pytest.raises(StageError, match="3 of the clean tables' expectations broken"):
+        validate.main(stage)
+    assert set(broken_rules(stage)) == {
+        f"{name} quality values_to_be_in_set" for name in ("demonstrations", "validation", "evaluation")
+    }
+
+
+def test_empty_tables_of_the_further_methods_are_skipped_and_said_to_be(tables: Path, stage_of: StageOf) -> None:
+    for name in ("suboptimal", "preferences", "answers"):
+        (tables / f"{name}.jsonl").write_text("")
+    stage = stage_of("validate")
+    validate.main(stage)
+    figures = json.loads((stage.reports / "metrics.json").read_text())
+    assert (figures["failed"], figures["skipped"]) == (0, ["suboptimal", "preferences", "answers"])
+    assert (figures["rows"]["suboptimal"], figures["rows"]["preferences"], figures["rows"]["answers"]) == (0, 0, 0)
+    outcomes = outcomes_of(stage)
+    skipped = [(o["table"], o["checked"]) for o in outcomes if o["expectation"] == "skipped_as_empty"]
+    assert skipped == [("suboptimal", 0), ("preferences", 0), ("answers", 0)]
+    assert len(outcomes) == figures["expectations"] + 3
+    assert {o["table"] for o in outcomes} - {name for name, _ in skipped} == {*validate.TABLES, "tables"} - {
+        n for n, _ in skipped
     }
 
 
@@ -117,7 +218,7 @@ def test_the_error_names_rule_rows_and_remedy(tables: Path, stage_of: StageOf) -
     with pytest.raises(StageError) as caught:
         validate.main(stage)
     message = str(caught.value)
-    assert "tables: expect_column_values_to_be_between(unknown_share) does not hold for 1 of 4 rows" in message
+    assert "tables: expect_column_values_to_be_between(unknown_share) does not hold for 1 of 6 rows" in message
     assert "First: demonstrations: '0.0" in message
     assert "pretrain.checkpoint" in message
     assert "evaluation: expect_column_values_to_be_between(tokens)" in message and "validate.max_tokens" in message
@@ -133,15 +234,28 @@ def test_unknown_share_counts_tokens(tables: Path) -> None:
     assert frames["tables"][0]["unknown_share"] == pytest.approx(2 / 11)
 
 
+def test_both_sides_of_a_pair_are_counted(tables: Path) -> None:
+    from transformers import AutoTokenizer
+
+    row = {"prompt": "how many glorp ?", "chosen": "answer : blarg", "rejected": "answer : 1 2 3"}
+    known = AutoTokenizer.from_pretrained(tables.parent / "models" / "tokenizer")
+    frames = validate.make_frames({"preferences": [row]}, known)
+    (pair,) = frames["preferences"]  # 7 of the prompt with its frame; 4 and 6 of the responses, end tokens included
+    assert (pair["tokens"], pair["all_tokens"], pair["unknown"]) == (7 + 6, 7 + 4 + 7 + 6, 1 + 1 + 1)
+    assert frames["tables"][0]["unknown_share"] == pytest.approx(3 / 24)
+
+
 def test_class_balance_and_empty_tables(tables: Path, stage_of: StageOf) -> None:
     def unbalance(rows: list[dict[str, Any]]) -> None:
+        del rows[5:]
         for number, row in enumerate(rows):
-            row["quality"] = "poor" if number == 0 else "expert"
+            row["quality"] = "poor" if number == 0 else "mixed"
 
-    edit(tables / "demonstrations.jsonl", unbalance)
+    edit(tables / "suboptimal.jsonl", unbalance)  # with the 20 experts: 1 poor and 4 mixed
     (tables / "validation.jsonl").write_text("")
-    stage = stage_of("validate", **{"validate.max_class_share": 0.94})
-    with pytest.raises(StageError, match=r"largest_class_share.*demonstrations: '0\.95'"):
+    validate_with = {"validate.max_class_share": 0.79}
+    stage = stage_of("validate", **validate_with)
+    with pytest.raises(StageError, match=r"largest_class_share.*demonstrations: '0\.8'"):
         validate.main(stage)
     assert broken_rules(stage) == {
         "tables rows values_to_be_between": ["validation"],

@@ -48,7 +48,7 @@ def scorers_of(stage: Stage, names: Sequence[str], compute: Compute) -> dict[str
 
 
 def table(stage: Stage, name: str) -> list[Demonstration]:
-    """A clean table: demonstrations, validation, prompts or evaluation."""
+    """A clean table: demonstrations, suboptimal, validation, prompts or evaluation."""
     return read_demonstrations(stage.data / "clean" / f"{name}.jsonl")
 
 

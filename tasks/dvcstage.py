@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
-from tasks.stage import ROOT, StageError
+from tasks.stage import MAIN_LINE, METHODS, ROOT, StageError, address_of
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -39,10 +39,12 @@ _dvc = threading.RLock()  # DVC's objects are not meant for threads; one at a ti
 
 @dataclass(frozen=True)
 class StageInfo:
-    """A stage as DVC has it: its address, the addresses of what it needs, the paths it writes, its `meta`."""
+    """A stage as DVC has it: its name with its item, its pipeline file, the stages it needs, the paths it reads and writes."""
 
     name: str
+    file: str
     upstream: tuple[str, ...]
+    deps: tuple[str, ...]
     outs: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -65,22 +67,30 @@ def open_repo() -> "Iterator[Repo]":
 
 
 def read_stages() -> list[StageInfo]:
-    """Every stage of every pipeline, each after what it needs."""
+    """Every stage of both pipeline files, each after what it needs."""
+    with open_repo() as repo:
+        return stages_of(repo)
+
+
+def stages_of(repo: "Repo") -> list[StageInfo]:
+    """Every stage of an open repository, each after what it needs."""
     import networkx as nx
+    from dvc.dependency import ParamsDependency
     from dvc.stage import PipelineStage
 
-    with open_repo() as repo:
-        graph = repo.index.graph  # an edge points at what a stage needs
-        stages = [stage for stage in nx.dfs_postorder_nodes(graph) if isinstance(stage, PipelineStage)]
-        return [
-            StageInfo(
-                stage.addressing,
-                tuple(sorted(need.addressing for need in graph.successors(stage) if isinstance(need, PipelineStage))),
-                tuple(out.def_path for out in stage.outs),
-                stage.meta or {},
-            )
-            for stage in stages
-        ]
+    graph = repo.index.graph  # an edge points at what a stage needs
+    stages = [stage for stage in nx.dfs_postorder_nodes(graph) if isinstance(stage, PipelineStage)]
+    return [
+        StageInfo(
+            stage.name,
+            stage.path_in_repo,
+            tuple(sorted(need.name for need in graph.successors(stage) if isinstance(need, PipelineStage))),
+            tuple(dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)),
+            tuple(out.def_path for out in stage.outs),
+            stage.meta or {},
+        )
+        for stage in stages
+    ]
 
 
 def repro(name: str, say: Callable[[str], None], force: bool = False, place: dict[str, str] | None = None) -> str | None:
@@ -89,7 +99,8 @@ def repro(name: str, say: Callable[[str], None], force: bool = False, place: dic
     `place` is added to the stage's environment. Raises `StageFailed`, `MachineryFailed` or `process.Stopped`.
     """
     # Without --wait-for-lock a stage that ends while another one holds DVC's lock loses its finished work.
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name] + ["--force"] * force
+    item = ["--single-item", address_of(name), *["--force"] * force]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *item]
     lines: deque[str] = deque(maxlen=200)
 
     def hear(line: str) -> None:
@@ -112,8 +123,10 @@ def _is_skip(line: str) -> bool:
 
 
 def _stage(repo: "Repo", label: str) -> "PipelineStage":
-    (stage,) = repo.stage.collect(label)
-    return stage
+    found = [stage for stage in repo.index.stages if getattr(stage, "name", None) == label]
+    if len(found) != 1:
+        raise StageError(f"{MAIN_LINE} and {METHODS}: expected one stage {label!r}, found {len(found)}")
+    return found[0]
 
 
 def outputs_of(label: str) -> list[Path]:
@@ -135,7 +148,8 @@ def current_inputs(label: str) -> tuple[str, dict[str, Any]]:
             try:
                 dep.save()
             except DvcException as error:
-                raise StageError(f"{error}; `dvc repro {label}` makes what this stage needs first") from error
+                hint = f"`dvc repro {address_of(label)}` makes what this stage needs first"
+                raise StageError(f"{error}; {hint}") from error
         return key_of(stage), params_of(stage)
 
 

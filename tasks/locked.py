@@ -4,19 +4,21 @@
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.dvcstage import key_of, open_repo, params_of
+from tasks.dvcstage import key_of, open_repo, params_of, stages_of
+from tasks.lineage import labels_of
 
 if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.stage import PipelineStage
 
-TABLES = ("data/clean", "data/pairs", "data/raw")
-FIGURES = ("metrics.json", "report.json")
+TABLES = re.compile("data/(?!models|reports)")
+FIGURES = ("metrics.json", "report.json", "methods.json")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class LockedStage:
     """One stage as last recorded: what went in, what came out.
 
     `key` hashes its command, params and inputs (dvcstage.key_of); `tables` are the hashes of the data it read, models and
-    reports left out; `stale` says that it was made from other outputs than the
-    stages before it have now.
+    reports left out; `labels` is what it learned from beside demonstrations (lineage.labels_of); `stale` says that it was made
+    from other outputs than the stages before it have now.
     """
 
     name: str
+    file: str
+    labels: str
     description: str
     meta: dict[str, Any]
     key: str
@@ -74,16 +78,18 @@ class LockedStage:
 
     @property
     def model(self) -> LockedOut | None:
-        """The checkpoint it writes."""
-        return next((out for out in self.outs if Path(out.path).parent.name == "models"), None)
+        """The checkpoint it writes; of several the one that its alias in the registry names."""
+        models = {Path(out.path).name: out for out in self.outs if Path(out.path).parent.name == "models"}
+        return models.get(self.meta.get("register", ""), next(iter(models.values()), None))
 
 
 def locked_stages() -> list[LockedStage]:
-    """Every stage that dvc.lock knows, in the order of the pipeline files."""
+    """Every stage that a dvc.lock knows, in the order of the pipeline files."""
     with open_repo() as repo:
+        labels = labels_of(stages_of(repo))
         stages = [stage for stage in repo.index.stages if getattr(stage, "cmd", None) and _recorded(stage)]
         made = {out.def_path: out.hash_info.value for stage in stages for out in stage.outs}
-        return [_read(stage, made) for stage in stages]
+        return [_read(stage, labels[stage.name], made) for stage in stages]
 
 
 def git_commit() -> str | None:
@@ -99,14 +105,16 @@ def _recorded(stage: "PipelineStage") -> bool:
     return bool(stage.outs) and all(out.hash_info and out.hash_info.value for out in stage.outs)
 
 
-def _read(stage: "PipelineStage", made: dict[str, str]) -> LockedStage:
+def _read(stage: "PipelineStage", labels: str, made: dict[str, str]) -> LockedStage:
     return LockedStage(
-        stage.addressing,
+        stage.name,
+        stage.path_in_repo,
+        labels,
         stage.desc or "",
         stage.meta or {},
         key_of(stage),
         params_of(stage),
-        {dep.def_path: dep.hash_info.value for dep in stage.deps if dep.def_path.startswith(TABLES)},
+        {dep.def_path: dep.hash_info.value for dep in stage.deps if TABLES.match(dep.def_path)},
         tuple(
             LockedOut(out.def_path, out.hash_info.value, Path(out.def_path).name in FIGURES, _files(out)) for out in stage.outs
         ),

@@ -2,15 +2,17 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
-from apprentice.demonstrations import OUT_OF_DOMAIN, Demonstration, atomic_write, prompt_text
+from apprentice.demonstrations import OUT_OF_DOMAIN, Demonstration, atomic_write, prompt_text, write_jsonl
 from apprentice.evaluation import (
     Questions,
+    best_temperature,
     frozen_logps,
     held_out_losses,
     respond,
@@ -18,9 +20,12 @@ from apprentice.evaluation import (
     verdicts,
 )
 from apprentice.policy import decode_responses
+from apprentice.sampling import Rollout
+from apprentice.tilt import FILE as TILT
+from apprentice.tilt import Tilt, load_tilt
 from apprentice.tokens import encode_prompts
 from apprentice.verifiers import verify
-from tasks.checkpoints import batch_of, prompt_keys
+from tasks.checkpoints import batch_of, compute_of, model_folder, prompt_keys, scorers_of, table, tokenizer_of
 from tasks.stage import Stage
 
 Row = dict[str, Any]
@@ -35,44 +40,101 @@ HEADLINE = (
 )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A frozen model (or two decoded as one) and the tokenizer whose template it is prompted by."""
+
+    model: PreTrainedModel | Tilt
+    tokenizer: PreTrainedTokenizerBase
+
+    def questions(self, rows: Sequence[Demonstration]) -> Questions:
+        """The prompts of rows in this model's form."""
+        ids = encode_prompts(self.tokenizer, [row.prompt for row in rows])
+        return Questions(ids, prompt_keys(rows), self.tokenizer.eos_token_id)
+
+
+def measured(stage: Stage, name: str, compute: Compute) -> Measured:
+    """A model of the pipeline, frozen, as it is measured."""
+    folder = model_folder(stage, name)
+    if (folder / TILT).exists():
+        return Measured(load_tilt(folder, compute), tokenizer_of(stage, "sft"))
+    return Measured(scorers_of(stage, [name], compute)[name], tokenizer_of(stage, name))
+
+
+def evaluate_stage(stage: Stage) -> None:
+    """Measure `stage.item` on the held-out sets; write prompts.csv, samples.jsonl and metrics.json."""
+    compute = compute_of(stage)
+    assert stage.item is not None
+    found = {name: measured(stage, name, compute) for name in dict.fromkeys((stage.item, "sft", "base"))}
+    models = {"model": found[stage.item], "sft": found["sft"], "base": found["base"]}
+    evaluation, validation = table(stage, "evaluation"), table(stage, "validation")
+    stage.say(f"{len(evaluation)} held-out prompts, greedy and {stage.params.evaluate.samples} samples each")
+    rows, samples, temperature = measure(models, evaluation, validation, stage, compute)
+    rows += held_out_rows(models["model"], validation, compute)
+    write_rows(stage.reports / "prompts.csv", rows)
+    write_jsonl(stage.reports / "samples.jsonl", samples)
+    means = {**headline(rows), "temperature": temperature}
+    stage.metrics(means)
+    stage.say(", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+
+
 def measure(
-    models: Mapping[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
+    models: Mapping[str, Measured],
     rows: Sequence[Demonstration],
+    validation: Sequence[Demonstration],
     stage: Stage,
     compute: Compute,
-) -> tuple[list[Row], list[Row]]:
-    """Figures per prompt and a greedy and a sampled response to each; `models` are the model itself, sft and base."""
-    config = stage.config
-    questions = Questions(encode_prompts(tokenizer, [row.prompt for row in rows]), prompt_keys(rows), tokenizer.eos_token_id)
+) -> tuple[list[Row], list[Row], float]:
+    """Figures per prompt, a greedy and a sampled response to each, and the best temperature; `models`: the model, sft, base."""
+    config, own = stage.params.evaluate, models["model"]
+    questions = own.questions(rows)
     common = {"seed": f"{stage.params.seed}/evaluate", "max_new_tokens": config.max_new_tokens, "compute": compute}
-    greedy = respond(models["model"], questions, samples=1, temperature=0.0, **common)
+    greedy = respond(own.model, questions, samples=1, temperature=0.0, **common)
     stage.say("greedy responses done")
-    sampled = respond(models["model"], questions, samples=config.samples, temperature=config.temperature, **common)
-    stage.say("samples done, scoring")
-    logps = frozen_logps(models, sampled.batch, compute)
+    sampled = respond(own.model, questions, samples=config.samples, temperature=config.temperature, **common)
+    chosen = best_temperature(own.model, batch_of(own.tokenizer, validation, compute), config.temperatures, compute)
+    few = max(1, config.samples // 2)  # for a mean, half the draws do
+    best = respond(own.model, questions, samples=few, temperature=chosen, **common)
+    stage.say(f"samples done, at the best temperature {chosen:g} too; scoring")
+    prompts = {
+        name: [ids for ids in scorer.questions(rows).ids for _ in range(config.samples)] for name, scorer in models.items()
+    }
+    logps = frozen_logps({name: scorer.model for name, scorer in models.items()}, prompts, sampled.batch, compute)
     known = [row.meta["verifier"] is not None for row in rows]
 
     def check(question: int, ids: list[int]) -> bool:
         row = rows[question]
-        return verify(row.meta["verifier"], decode_responses(tokenizer, [ids])[0], row.answer or "")
+        return verify(row.meta["verifier"], decode_responses(own.tokenizer, [ids])[0], row.answer or "")
 
     figures = sample_metrics(sampled, logps, verdicts(sampled, config.samples, known, check))
     right = [verdict for (verdict,) in verdicts(greedy, 1, known, check)]
-    losses = held_out_losses(models["model"], batch_of(tokenizer, rows, compute), compute)
-    table = [
+    at_best = [None if None in found else sum(found) / few for found in verdicts(best, few, known, check)]
+    losses = held_out_losses(own.model, batch_of(own.tokenizer, rows, compute), compute)
+    figures_by_prompt = [
         {
             "id": row.id,
             "domain": row.meta["domain"],
             "greedy_accuracy": None if ok is None else float(ok),
-            **own,
+            **own_figures,
+            "best_temperature_accuracy": share,
             "held_out_loss": loss,
         }
-        for row, ok, own, loss in zip(rows, right, figures, losses, strict=True)
+        for row, ok, own_figures, share, loss in zip(rows, right, figures, at_best, losses, strict=True)
     ]
+    return figures_by_prompt, shown(rows, own.tokenizer, greedy, sampled, right), chosen
+
+
+def shown(
+    rows: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    greedy: Rollout,
+    sampled: Rollout,
+    right: Sequence[bool | None],
+) -> list[Row]:
+    """A greedy response and a sample of each prompt, for the reader."""
     texts = decode_responses(tokenizer, greedy.response_ids())
-    first = decode_responses(tokenizer, sampled.response_ids()[:: config.samples])
-    return table, [
+    first = decode_responses(tokenizer, sampled.response_ids()[:: len(sampled.keys) // len(rows)])
+    return [
         {
             "id": row.id,
             "domain": row.meta["domain"],
@@ -86,11 +148,9 @@ def measure(
     ]
 
 
-def held_out_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration], compute: Compute
-) -> list[Row]:
+def held_out_rows(own: Measured, rows: Sequence[Demonstration], compute: Compute) -> list[Row]:
     """The validation demonstrations: their loss only."""
-    losses = held_out_losses(model, batch_of(tokenizer, rows, compute), compute) if rows else []
+    losses = held_out_losses(own.model, batch_of(own.tokenizer, rows, compute), compute) if rows else []
     return [{"id": row.id, "domain": "validation", "held_out_loss": loss} for row, loss in zip(rows, losses, strict=True)]
 
 

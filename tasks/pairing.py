@@ -4,9 +4,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from apprentice.config import PairsConfig
 from apprentice.demonstrations import Demonstration, digest, prompt_id
-from apprentice.rejection import make_pairs, rejection_sample
+from apprentice.rejection import any_sample, make_pairs, rejection_sample
+from apprentice.sections import PairsConfig
+from tasks.candidates import Candidate, scores
 from tasks.stage import StageError
 
 
@@ -25,22 +26,23 @@ def requests_of(rows: Sequence[Demonstration], tokenizer: Any, candidates: int) 
 
 
 def choose_pairs(
-    candidates: Sequence[dict[str, Any]], config: PairsConfig, seed: int
+    groups: Sequence[Sequence[Candidate]], config: PairsConfig, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rejection-sample each prompt's candidates and pair those accepted.
+    """Rejection-sample each prompt's candidates (`sft_sample_rank`: take any) and pair those accepted.
 
     Candidates cut off before the end token are left out; a pair of identical texts is dropped. Returns rows in TRL's
     preference form and the figures. Raises StageError when no pair is left.
     """
-    size = config.candidates
     pairs: list[dict[str, Any]] = []
     totals = {"accepted": 0, "trials": 0, "hits": 0, "rounds": 0, "identical": 0, "unfinished": 0, "short": 0}
     reward, gap = 0.0, 0.0
-    for start in range(0, len(candidates), size):
-        group = candidates[start : start + size]
-        rewards = [row["reward"] if row["ended"] else float("-inf") for row in group]
-        rng = random.Random(f"{seed}/pairs/{prompt_key(group)}")
-        accepted = rejection_sample(rewards, config.accepted, config.beta, rng)
+    for group in groups:
+        rewards = scores(group)
+        rng = random.Random(f"{seed}/pairs/{group[0]['prompt_id']}")
+        if config.source == "sft_sample_rank":
+            accepted = any_sample(rewards, config.accepted, rng)
+        else:
+            accepted = rejection_sample(rewards, config.accepted, config.beta, rng)
         top = sorted((r for r in rewards if r > float("-inf")), reverse=True)[: len(accepted.positions)]
         totals["accepted"] += len(accepted.positions)
         totals["trials"] += accepted.trials
@@ -57,14 +59,13 @@ def choose_pairs(
                 pairs.append(preference(group[chosen], group[rejected]))
     if not pairs:
         raise StageError(
-            f"no pair survived: {totals['identical']} of identical texts, {totals['unfinished']} of {len(candidates)} "
+            f"no pair survived: {totals['identical']} of identical texts, {totals['unfinished']} of {sum(map(len, groups))} "
             "candidates unfinished. Raise pairs.max_new_tokens, pairs.candidates or pairs.temperature"
         )
-    prompts = len(candidates) // size
     return pairs, {
         "pairs": len(pairs),
         "acceptance_rate": round(totals["hits"] / max(1, totals["trials"]), 6),
-        "rounds": round(totals["rounds"] / prompts, 6),
+        "rounds": round(totals["rounds"] / len(groups), 6),
         "accepted_reward": round(reward / max(1, totals["accepted"]), 6),
         "gap_to_top_k": round(gap / max(1, totals["accepted"]), 6),
         "pairs_dropped_identical": totals["identical"],
@@ -72,11 +73,6 @@ def choose_pairs(
         "prompts_short": totals["short"],
         "margin": round(sum(p["chosen_score"] - p["rejected_score"] for p in pairs) / len(pairs), 6),
     }
-
-
-def prompt_key(group: Sequence[dict[str, Any]]) -> str:
-    """The id of the prompt the candidates answer."""
-    return prompt_id(group[0]["prompt"])
 
 
 def preference(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from tasks.stage import Stage, run
 
 def main(stage: Stage) -> None:
     """Write data/pairs/{candidates,pairs}.jsonl and the figures of the sampler."""
-    from apprentice.demonstrations import write_jsonl
+    from apprentice.demonstrations import prompt_id, write_jsonl
     from apprentice.policy import decode_responses
     from apprentice.rewards import sequence_rewards
     from apprentice.sampling import sample
+    from tasks.candidates import by_prompt
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
     from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
 
@@ -30,11 +31,12 @@ def main(stage: Stage) -> None:
         models[config.reward_target], models[config.reward_baseline], rollout.batch, compute, config.baseline_weight
     ).tolist()
     texts, ended = decode_responses(tokenizer, rollout.response_ids()), rollout.ended.tolist()
+    asked = [row for row in rows for _ in range(config.candidates)]
     candidates = [
-        {"prompt": rows[i // config.candidates].prompt, "response": text, "reward": round(reward, 6), "ended": done}
-        for i, (text, reward, done) in enumerate(zip(texts, rewards, ended, strict=True))
+        {"prompt": row.prompt, "prompt_id": prompt_id(row.prompt), "response": text, "reward": round(reward, 6), "ended": done}
+        for row, text, reward, done in zip(asked, texts, rewards, ended, strict=True)
     ]
-    pairs, figures = choose_pairs(candidates, config, stage.params.seed)
+    pairs, figures = choose_pairs(by_prompt(candidates), config, stage.params.seed)
     write_jsonl(stage.data / "pairs" / "candidates.jsonl", candidates)
     write_jsonl(stage.data / "pairs" / "pairs.jsonl", pairs)
     stage.metrics(figures)

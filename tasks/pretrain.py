@@ -7,6 +7,7 @@ def main(stage: Stage) -> None:
     """Write data/models/base, its training history and metrics."""
     from apprentice.pretrain import build_base, pretrain
     from tasks.checkpoints import compute_of, save_model, tokenizer_of
+    from tasks.corpus import documents
     from tasks.resume import StageRecorder
 
     compute = compute_of(stage)
@@ -35,24 +36,6 @@ def main(stage: Stage) -> None:
     }
     stage.metrics(metrics)
     save_model(stage, "base", model, tokenizer, [], metrics)
-
-
-def documents(stage: Stage):  # type: ignore[no-untyped-def]
-    """The world's document generator, held-out prompts left out."""
-    from apprentice.world import corpus_document
-    from tasks.checkpoints import table
-
-    if stage.params.ingest.source.kind != "world":
-        raise StageError(
-            "pretrain.checkpoint is null, and the tiny base knows the embedded world only. Name a real checkpoint: "
-            "`checkpoint: Qwen/Qwen2.5-0.5B` with its `revision`, or a folder"
-        )
-    held_out = {row.prompt for name in ("validation", "evaluation") for row in table(stage, name)}
-
-    def document(rng):  # type: ignore[no-untyped-def]
-        return corpus_document(rng, held_out)
-
-    return document
 
 
 def pin(stage: Stage) -> None:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-ABOUT = "Checkpoints of the pipeline in dvc.yaml. Aliases name the method that made them; `champion` is the best of them."
+ABOUT = (
+    "Checkpoints of dvc.yaml and methods/dvc.yaml. Aliases name the method that made them, the tag `labels` what it learned "
+    "from beside demonstrations; `champion` is the best of the main line."
+)
 
 
 class Registry:
@@ -49,7 +52,7 @@ class Registry:
 
         method, run_id = stage.meta["register"], run.info.run_id
         tags = {"method": method, "dvc.stage": stage.name, "dvc.md5": out.md5, "params_md5": digest(stage.params)}
-        tags |= self.runs.origin
+        tags |= {"labels": stage.labels} | self.runs.origin
         name = f"{self.model}-{method}"
         for left in self.client.search_logged_models([self.runs.group], f"name = '{name}'"):
             if (left.tags or {}).get("dvc.md5") == out.md5:
@@ -81,7 +84,8 @@ class Registry:
         model = self.client.get_logged_model(model_id_of(version))
         if {metric.key: metric.value for metric in model.metrics or []} != metrics:
             self._replace_metrics(model.model_id, sources)
-        for key, value in {"params_md5": digest(stage.params), "metrics_md5": digest(metrics)}.items():
+        about = {"labels": stage.labels, "params_md5": digest(stage.params), "metrics_md5": digest(metrics)}
+        for key, value in about.items():
             if version.tags.get(key) != value:
                 self.client.set_model_version_tag(self.model, version.version, key, value)
 

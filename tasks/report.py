@@ -3,22 +3,14 @@
 Reads what the evaluations and the training stages wrote and runs no model. Same inputs, same bytes.
 """
 
-from apprentice.demonstrations import atomic_write
-from tasks.report_evidence import collect
-from tasks.report_html import page
-from tasks.report_markdown import comparison_table, document
-from tasks.stage import Stage, run, write_json
+from tasks.report_evidence import collect_main
+from tasks.report_files import write_report
+from tasks.stage import Stage, run
 
 
 def main(stage: Stage) -> None:
     """Read all, write the three files."""
-    folder = stage.data / "reports"
-    evidence = collect(folder, stage.params)
-    write_json(folder / "report.json", evidence.report)
-    for name, text in (("report.md", document(evidence)), ("report.html", page(evidence))):
-        with atomic_write(folder / name) as file:
-            file.write(text)
-    stage.say(f"95% intervals, accuracies in per cent:\n{comparison_table(evidence.report)}")
+    write_report(stage, collect_main(stage.data / "reports", stage.params))
 
 
 run(__name__, main, __doc__)

@@ -8,11 +8,9 @@ from typing import Any
 from apprentice.config import Params
 from apprentice.demonstrations import OUT_OF_DOMAIN, read_jsonl
 from tasks.intervals import Interval, mean_interval, paired_difference, t_interval
+from tasks.report_form import MAIN, Form
 from tasks.report_metrics import metric_of, place
-from tasks.stage import StageError, rows_of
-
-MEASURED = ("sft", "sft_tuned", "srppo", "pairs")
-TRAINED = ("pretrain", "sft", "sft_tuned", "srppo", "rso")
+from tasks.stage import StageError, address_of, rows_of
 
 Values = dict[str, dict[str, float]]  # "<domain>/<metric>" -> prompt id -> value
 
@@ -21,6 +19,7 @@ Values = dict[str, dict[str, float]]  # "<domain>/<metric>" -> prompt id -> valu
 class Evidence:
     """All that the pages show: the numbers of report.json and the files behind them."""
 
+    form: Form
     params: Params
     report: dict[str, Any]
     values: dict[str, Values]  # by model
@@ -29,28 +28,40 @@ class Evidence:
     metrics: dict[str, dict[str, Any]]  # by stage, its metrics.json
 
 
-def collect(folder: Path, params: Params) -> Evidence:
-    """Read data/reports and compute the numbers."""
-    models = params.evaluate.models
-    values = {model: read_values(folder / "evaluate" / model / "prompts.csv") for model in models}
+def collect_main(folder: Path, params: Params) -> Evidence:
+    """Read what data/reports has of the main line and compute the numbers."""
+    return collect(folder, params, MAIN, {model: folder / "evaluate" / model for model in params.evaluate.models})
+
+
+def collect(
+    folder: Path, params: Params, form: Form, evaluated: dict[str, Path], labels: dict[str, str] | None = None
+) -> Evidence:
+    """Read data/reports and compute the numbers of a report of this form.
+
+    `evaluated` is the folder of each model's evaluation, in the order of the table; `labels` what each model learned from.
+    """
+    values = {model: read_values(place / "prompts.csv") for model, place in evaluated.items()}
     return Evidence(
+        form=form,
         params=params,
         report={
             "seed": params.seed,
-            "models": {model: summary(values[model]) for model in models},
+            **({"labels": labels} if labels is not None else {}),
+            "models": {model: summary(values[model]) for model in evaluated},
             "differences": differences(values, params.report.baselines),
         },
         values=values,
-        samples={model: _read_samples(folder / "evaluate" / model / "samples.jsonl") for model in models},
-        histories={name: _read_history(folder / name / "history.csv") for name in TRAINED},
-        metrics={name: _read_metrics(folder / name / "metrics.json") for name in MEASURED},
+        samples={model: _read_samples(place / "samples.jsonl") for model, place in evaluated.items()},
+        histories={name: _read_history(folder / name / "history.csv") for name in form.trained},
+        metrics={name: _read_metrics(folder / name / "metrics.json") for name in form.measured},
     )
 
 
 def read_values(path: Path) -> Values:
     """The per-prompt values of one model; empty cells are left out, `out_of_domain` is added."""
     if not path.is_file():
-        raise StageError(f"{path} is missing: `dvc repro evaluate@{path.parent.name}` writes it")
+        label = f"{path.parent.parent.name}@{path.parent.name}"
+        raise StageError(f"{path} is missing: `dvc repro {address_of(label)}` writes it")
     found: Values = {}
     for row in rows_of(path):
         domains = [row["domain"], *(["out_of_domain"] if row["domain"] in OUT_OF_DOMAIN else [])]

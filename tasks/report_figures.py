@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from apprentice.sections import PPOConfig
 from tasks.report_evidence import Evidence
 from tasks.report_forest import Mean, cross_chart, forest_chart
 from tasks.report_metrics import TRAINING, cell, clear_of_zero, headline, label, metric_of
@@ -15,7 +16,7 @@ Figure = tuple[str, str, str]  # title, chart, caption
 
 def color(evidence: Evidence, model: str) -> str:
     """The model's colour, the same in every chart."""
-    models = evidence.params.evaluate.models
+    models = list(evidence.report["models"])
     return f"var(--m{(models.index(model) if model in models else len(models)) % COLORS})"
 
 
@@ -49,25 +50,9 @@ def _mean(evidence: Evidence, one: dict[str, Any]) -> Mean:
     return Mean(one["model"], shade, one["difference"], one["low"], one["high"], text, clear_of_zero(one))
 
 
-CURVES = (  # stage, title, columns of its history
-    ("pretrain", "Pretraining: loss", ("loss",)),
-    ("sft", "SFT: loss, nats per token", ("loss", "held_out_loss")),
-    ("sft_tuned", "Tuned SFT: loss, nats per token", ("loss", "held_out_loss")),
-    ("srppo", "SRPPO: self-reward, nats", ("reward",)),
-    ("srppo", "SRPPO: KL, nats per response", ("kl_to_sft", "kl_to_base")),
-    ("srppo", "SRPPO: response length, tokens", ("length",)),
-    ("srppo", "SRPPO: reward by kind of token", ("reward_number", "reward_word", "reward_symbol", "reward_eos")),
-    ("srppo", "SRPPO: slope of reward against length", ("reward_length_slope",)),
-    ("srppo", "SRPPO: entropy, nats per token", ("entropy",)),
-    ("rso", "RSO: loss", ("loss",)),
-    ("rso", "RSO: margin", ("margin",)),
-    ("rso", "RSO: accuracy on its pairs", ("accuracy",)),
-)
-
-
 def training_figures(evidence: Evidence) -> list[Figure]:
     """Curves of every training stage that left a history."""
-    figures = [_training(evidence, *one) for one in CURVES]
+    figures = [_training(evidence, *one) for one in evidence.form.curves]
     return [figure for figure in figures if figure]
 
 
@@ -79,7 +64,7 @@ def _training(evidence: Evidence, stage: str, title: str, columns: tuple[str, ..
         Series(
             name=name.replace("_", " "),
             color=shade if few else f"var(--m{place + 1})",
-            points=[(row.get("step", i), row[name]) for i, row in enumerate(rows) if name in row],
+            points=[(row.get("coefficient", row.get("step", i)), row[name]) for i, row in enumerate(rows) if name in row],
             dashed=few and place > 0,
             band=[row["reward_std"] for row in rows if "reward_std" in row] if name == "reward" else [],
         )
@@ -87,8 +72,11 @@ def _training(evidence: Evidence, stage: str, title: str, columns: tuple[str, ..
     ]
     if not any(one.points for one in series):
         return None
-    unit = "iteration" if stage == "srppo" else "step"
-    return title, line_chart(title, series, unit), _caption([one for one in series if one.points], columns[0])
+    drawn = [one for one in series if one.points]
+    if any("coefficient" in row for row in rows):  # a sweep, no training
+        return title, line_chart(title, series, "coefficient"), ""
+    unit = "iteration" if isinstance(getattr(evidence.params, stage), PPOConfig) else "step"
+    return title, line_chart(title, series, unit), _caption(drawn, columns[0])
 
 
 def _caption(series: list[Series], column: str) -> str:

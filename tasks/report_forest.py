@@ -6,8 +6,10 @@ from html import escape
 
 from tasks.report_plots import Frame, Point, axes, number, span, svg, ticks
 
+LETTER = 7.2  # pixels of a letter of a name, about
 ROW = 25  # pixels a row of a forest plot
 HEAD = 26  # pixels above the first row of a group
+FEW = 8  # crosses that a small chart has room for
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ def forest_chart(title: str, groups: dict[str, list[Mean]], ends: tuple[float, f
 
     `ends` is the range shown, shared by charts to be compared; ticks are multiplied by `scale` (100 for points).
     """
-    rows = sum(len(group) for group in groups.values())
-    height = 34 + rows * ROW + len(groups) * HEAD
-    frame = Frame(ends, (0, 1), width=470, height=height, margin=(6, 152, 28, 84))
+    names = [mean.name for group in groups.values() for mean in group]
+    height = 34 + len(names) * ROW + len(groups) * HEAD
+    left = max(84, 16 + round(LETTER * max(map(len, names))))
+    frame = Frame(ends, (0, 1), width=470, height=height, margin=(6, 152, 28, left))
     parts = [_scale(frame, scale)]
     y = frame.margin[0]
     for name, group in groups.items():
@@ -66,12 +69,13 @@ def _row(frame: Frame, mean: Mean, y: float) -> str:
 
 
 def cross_chart(title: str, pairs: Sequence[tuple[Mean, Mean]], x_label: str, y_label: str) -> str:
-    """One cross per model: its mean and interval in two metrics at once, the name beside it."""
+    """One cross per model: its mean and interval in two metrics at once, the name beside it; a larger chart for many."""
+    many = len(pairs) > FEW
     frame = Frame(
         span([end for x, _ in pairs for end in (x.low, x.high, 0.0)], 0.12),
         span([end for _, y in pairs for end in (y.low, y.high)], 0.12),
-        width=470,
-        height=250,
+        width=980 if many else 470,
+        height=440 if many else 250,
         margin=(22, 14, 40, 46),
     )
     dots = [(frame.px(x.middle), frame.py(y.middle)) for x, y in pairs]
@@ -92,7 +96,7 @@ def _labels(frame: Frame, names: Sequence[str], dots: Sequence[Point]) -> list[P
     """Where each name starts: the first place around its dot that is free of dots and of names already placed."""
     placed: list[tuple[float, float, float]] = []  # left, right, baseline
     for name, (x, y) in zip(names, dots, strict=True):
-        width = 7.2 * len(name)
+        width = LETTER * len(name)
         places = [(x + side, y + rise) for rise in (-8.0, 16.0, -20.0, 28.0) for side in (8.0, -8.0 - width)]
         inside = [place for place in places if frame.margin[3] <= place[0] <= frame.width - width]
         free = [place for place in inside if not _taken(place, width, placed, dots)]

@@ -16,22 +16,17 @@ from tasks.report_figures import (
     length_figures,
     training_figures,
 )
-from tasks.report_markdown import READING, chosen_samples, comparisons, shortened, training_notes
+from tasks.report_markdown import chosen_samples, comparisons, shortened, training_notes
 from tasks.report_metrics import ABOUT_DOMAINS, DOMAINS, METRICS, cell, headline, label, metric_of, number
 from tasks.report_style import CSS
 
-# The sections of params.yaml on the page, each of them a dependency of the stage; `runtime` and `register` change no number.
-SECTIONS = (
-    *("seed", "compute", "ingest", "tokenizer", "validate", "pretrain", "sft", "sft_tuned", "srppo", "pairs", "rso"),
-    *("evaluate", "report"),
-)
 WORDS = {"better": "Better in", "worse": "Worse in", "open": "Not told apart in"}
 
 
 def page(evidence: Evidence) -> str:
     """The whole of report.html."""
     parts = [
-        ("models", "Models", READING, _comparison(evidence)),
+        ("models", "Models", evidence.form.reading, _comparison(evidence)),
         ("findings", "What the numbers say", "Differences of accuracies are in points.", _findings(evidence)),
         (
             "differences",
@@ -66,13 +61,13 @@ def page(evidence: Evidence) -> str:
 
 
 def _frame(evidence: Evidence, links: str, body: str) -> str:
-    seed, models = evidence.report["seed"], evidence.report["models"]
+    form, seed, models = evidence.form, evidence.report["seed"], evidence.report["models"]
     names = ", ".join(escape(name) for name in models)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Apprentice: report of seed {seed}</title><style>{CSS}</style></head>\n<body><main>"
-        f'<header><p class="over">Apprentice · seed {seed}</p><h1>What alignment from demonstrations added</h1>'
+        f"<title>Apprentice: {form.heading} {seed}</title><style>{CSS}{form.style}</style></head>\n<body><main>"
+        f'<header><p class="over">Apprentice · seed {seed}</p><h1>{form.title}</h1>'
         f'<p class="lead">{len(models)} models on the same held-out prompts: {names}.</p><nav>{links}</nav></header>\n'
         f"{body}\n{_params(evidence)}"
         "<footer>Made from the files under <code>data/reports</code>; equal inputs give this very file.</footer>"
@@ -81,10 +76,11 @@ def _frame(evidence: Evidence, links: str, body: str) -> str:
 
 
 def _comparison(evidence: Evidence) -> str:
-    models, keys = evidence.report["models"], headline(evidence.report)
-    head = "".join(f"<th>{_header(key)}</th>" for key in keys)
+    models, keys, labels = evidence.report["models"], headline(evidence.report), evidence.report.get("labels")
+    head = ("<th>labels</th>" if labels else "") + "".join(f"<th>{_header(key)}</th>" for key in keys)
     rows = "".join(
         f'<tr style="--c:{color(evidence, name)}"><td class="model">{escape(name)}</td>'
+        + (f"<td>{escape(labels[name])}</td>" if labels else "")
         + "".join(f"<td>{_cell(key, values, _top(models, key))}</td>" for key in keys)
         + "</tr>"
         for name, values in models.items()
@@ -202,5 +198,5 @@ def _params(evidence: Evidence) -> str:
     import yaml
 
     params = asdict(evidence.params)
-    text = yaml.safe_dump({name: params[name] for name in SECTIONS}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({name: params[name] for name in evidence.form.sections}, sort_keys=False, allow_unicode=True)
     return f"<details><summary>Params</summary><pre>{escape(text)}</pre></details>"

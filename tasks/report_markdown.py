@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from apprentice.demonstrations import prompt_text
+from apprentice.sections import PPOConfig
 from tasks.report_evidence import Evidence
 from tasks.report_metrics import (
     ABOUT_DOMAINS,
@@ -19,10 +20,6 @@ from tasks.report_metrics import (
     verdict,
 )
 
-READING = (
-    "Each cell is a mean with its 95% interval over held-out prompts; accuracies are in per cent, losses, rewards and KL in "
-    "nats. Differences are paired over the same prompts."
-)
 SHORT = "In and out: in-domain and out-of-domain; greedy and sampled: accuracy."
 WARNING = (
     " **Warning, below one half: its self-reward prefers its own text to the demonstrations, so raising it cannot help.** "
@@ -35,7 +32,7 @@ def document(evidence: Evidence) -> str:
     """The whole of report.md."""
     report = evidence.report
     parts = [
-        f"# Apprentice: report of seed {report['seed']}\n\n{READING} {SHORT}",
+        f"# Apprentice: {evidence.form.heading} {report['seed']}\n\n{evidence.form.reading} {SHORT}",
         f"## Models\n\n{comparison_table(report)}",
         "## What the numbers say\n\n" + _bullets(findings(evidence)),
         f"## Differences\n\nBold: clear of zero.\n\n{difference_table(report)}",
@@ -55,9 +52,10 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 def comparison_table(report: dict[str, Any]) -> str:
     """Models by headline metrics: the first table of report.md, in columns, as the flow prints it at its end."""
-    keys = headline(report)
-    rows = [["model", *map(short_label, keys)]]
-    rows += [[name, *(_entry(key, values) for key in keys)] for name, values in report["models"].items()]
+    keys, labels = headline(report), report.get("labels")
+    rows = [["model", *(["labels"] if labels else []), *map(short_label, keys)]]
+    for name, values in report["models"].items():
+        rows.append([name, *([labels[name]] if labels else []), *(_entry(key, values) for key in keys)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     header, *rest = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
     return table(header, rest)
@@ -113,8 +111,8 @@ def comparisons(evidence: Evidence) -> list[tuple[str, str, dict[str, list[tuple
 
 
 def training_notes(evidence: Evidence) -> list[str]:
-    """The label-free gate, the KL stop and the rejection sampling, each in a line."""
-    return [*_gates(evidence), *_kl_stop(evidence), *_rejection(evidence)]
+    """The label-free gate, the KL stop and the figures of single stages, each in a line."""
+    return [*_gates(evidence), *_kl_stops(evidence), *_told(evidence)]
 
 
 def _gates(evidence: Evidence) -> list[str]:
@@ -129,20 +127,27 @@ def _gates(evidence: Evidence) -> list[str]:
     return lines
 
 
-def _kl_stop(evidence: Evidence) -> list[str]:
-    metrics, config = evidence.metrics["srppo"], evidence.params.srppo
-    if not metrics:
-        return []
-    limit = "no KL stop" if config.kl_stop is None else f"KL stop at {config.kl_stop:g}"
-    how = "stopped by its KL" if metrics.get("stopped_by") == "kl_stop" else "ended"
-    moved = f", {metrics['kl_to_anchor']:.2f} nats per response from its anchor" if "kl_to_anchor" in metrics else ""
-    return [f"SRPPO {how} after {metrics.get('iterations')} of {config.iterations} iterations{moved} ({limit})."]
+def _kl_stops(evidence: Evidence) -> list[str]:
+    lines = []
+    for stage, metrics in evidence.metrics.items():
+        config = getattr(evidence.params, stage)
+        if isinstance(config, PPOConfig) and metrics:
+            limit = "no KL stop" if config.kl_stop is None else f"KL stop at {config.kl_stop:g}"
+            how = "stopped by its KL" if metrics.get("stopped_by") == "kl_stop" else "ended"
+            moved = f", {metrics['kl_to_anchor']:.2f} nats per response from its anchor" if "kl_to_anchor" in metrics else ""
+            name = "SRPPO" if stage == "srppo" else f"`{stage}`"
+            lines.append(f"{name} {how} after {metrics.get('iterations')} of {config.iterations} iterations{moved} ({limit}).")
+    return lines
 
 
-def _rejection(evidence: Evidence) -> list[str]:
-    numbers = {key: value for key, value in evidence.metrics["pairs"].items() if isinstance(value, int | float)}
-    shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
-    return [f"Rejection sampling: {shown}."] if shown else []
+def _told(evidence: Evidence) -> list[str]:
+    lines = []
+    for stage, name in evidence.form.told.items():
+        numbers = {key: value for key, value in evidence.metrics[stage].items() if isinstance(value, int | float)}
+        shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
+        if shown and not isinstance(getattr(evidence.params, stage), PPOConfig):
+            lines.append(f"{name}: {shown}.")
+    return lines
 
 
 def chosen_samples(evidence: Evidence) -> dict[str, list[dict[str, dict[str, Any]]]]:

@@ -23,6 +23,13 @@ METRICS = {
     "sampled_accuracy": Metric(
         "sampled accuracy", "%", 1, "Share of right responses among those drawn at `evaluate.temperature`."
     ),
+    "best_temperature_accuracy": Metric(
+        "accuracy at the best temperature",
+        "%",
+        1,
+        "Share of right responses among those drawn at the one of `evaluate.temperatures` that gives the validation "
+        "demonstrations the lowest loss: sampled accuracy without what mere sharpening would bring.",
+    ),
     "pass_at_k": Metric("pass@k", "%", 1, "Share of prompts with at least one right response in `evaluate.samples` draws."),
     "self_reward_auc": Metric(
         "self-reward AUC",
@@ -67,6 +74,7 @@ TRAINING = {
     "reward_symbol": "Part of the reward that falls on symbols.",
     "reward_eos": "Part of the reward that falls on the end-of-sequence token.",
     "kl_to_anchor": "KL to the model the penalty holds the policy to, per response; above `srppo.kl_stop` training ends.",
+    "gate": "Share of held-out demonstrations whose self-reward beats own samples; below one half it is no reward target.",
     "entropy": "Mean entropy of the policy per token, in nats; near zero it repeats one response.",
     "clip_fraction": "Share of tokens whose probability ratio left the clip range.",
     "approx_kl": "KL of one update, in nats per token: how far it went from the policy that drew the rollouts.",
@@ -77,6 +85,14 @@ TRAINING = {
     "margin": "Implicit reward of the chosen response less that of the rejected one.",
     "chosen_logps": "log-probability of chosen responses; falling along with the rejected ones, the pair is unlearned.",
     "rejected_logps": "log-probability of rejected responses.",
+    "logps": "log-probability of the candidates.",
+    "reward_variance": "Variance of the reward among a prompt's candidates.",
+    "residual_variance": "The same of the reward less beta times the log-ratio to the start: 0 at the optimum.",
+    "anchor_win_rate": "Mean probability of beating the prompt's anchor, by the reward model.",
+    "saturated": "Share of rewards near one, where the reward model tells no more apart.",
+    "flip_rate": "Share of pairs on which the judge changes its mind with the order of the two responses.",
+    "coefficient": "How much of the vector is added.",
+    "own_format_share": "Share of responses in the form the target was tuned to.",
 }
 
 DOMAINS = {

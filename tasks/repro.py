@@ -15,7 +15,7 @@ from prefect.states import Cancelled, Completed, Failed
 from tasks import process
 from tasks.dvcstage import MachineryFailed, StageFailed, StageInfo, read_stages, repro
 from tasks.slots import Slots, slots_of
-from tasks.stage import ROOT, read_params
+from tasks.stage import MAIN_LINE, ROOT, read_params
 from tasks.tracking import followed
 
 MACHINERY = "MachineryFailed"  # name of the failed state after which a retry may help
@@ -25,10 +25,11 @@ class PlanError(ValueError):
     """The flow cannot begin; the message says why and what to do."""
 
 
-def plan(only: Sequence[str] = ()) -> tuple[list[StageInfo], Slots, int]:
+def plan(only: Sequence[str] = (), methods: bool = False) -> tuple[list[StageInfo], Slots, int]:
     """Check params, read the graph from DVC: the stages in order, places for the torch ones, retries.
 
-    `only` names stages (`evaluate` stands for all of `evaluate@...`); what they need is then taken as it is.
+    The stages are those of the main line, with `methods` those of methods/dvc.yaml too. `only` names stages of either
+    (`evaluate` stands for all of `evaluate@...`); what they need is then taken as it is.
     """
     params = read_params()
     process.allow()
@@ -42,7 +43,10 @@ def plan(only: Sequence[str] = ()) -> tuple[list[StageInfo], Slots, int]:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise PlanError(f"no stage {name!r}{hint}; there are {', '.join(names)}")
-    chosen = [stage for stage in stages if not only or any(_named(stage.name, name) for name in only)]
+    if only:
+        chosen = [stage for stage in stages if any(_named(stage.name, name) for name in only)]
+    else:
+        chosen = [stage for stage in stages if methods or stage.file == MAIN_LINE]
     return chosen, slots_of(params), params.runtime.retries
 
 
@@ -95,9 +99,9 @@ def stop_all() -> None:
     process.stop_all()
 
 
-def comparison() -> str | None:
-    """The report in markdown, when there is one."""
-    path = ROOT / "data" / "reports" / "report.md"
+def comparison(methods: bool = False) -> str | None:
+    """The report in markdown, of the main line or of every method, when there is one."""
+    path = ROOT / "data" / "reports" / ("methods.md" if methods else "report.md")
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 

@@ -20,6 +20,8 @@ from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
+MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
+SETTINGS = {"report_methods": "report", "register_methods": "register"}  # these go by the section of another stage
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -74,12 +76,27 @@ class History:
             writer.writerow({key: "" if value is None else f"{value:.6g}" for key, value in row.items()})
 
 
+def address_of(label: str) -> str:
+    """Where DVC finds a stage, called from the project's root: `sft` itself, `methods/dvc.yaml:crlft` of the further methods.
+
+    `label` is the stage's name, with its item if it has one (`evaluate@base`); names are unique over both pipeline files.
+    """
+    import yaml
+
+    path = ROOT / METHODS
+    try:
+        further = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {}) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise StageError(f"{METHODS} is no valid YAML: {error}") from error
+    return f"{METHODS}:{label}" if label.split("@")[0] in further else label
+
+
 class Stage:
     """One running stage: its params, its folders, and where it reports."""
 
     def __init__(self, name: str, params: Params, item: str | None = None) -> None:
         self.name, self.params, self.item = name, params, item
-        self.config = getattr(params, name)
+        self.config = getattr(params, SETTINGS.get(name, name))
         self.data = ROOT / "data"
         self.reports = self.data / "reports" / name / (item or "")
         self.history = History(self.reports / "history.csv")
@@ -89,7 +106,7 @@ class Stage:
 
     @property
     def label(self) -> str:
-        """The stage's DVC address, e.g. `sft` or `evaluate@base`."""
+        """The stage's name with its item, e.g. `sft` or `evaluate@base`; `address_of` says where DVC has it."""
         return f"{self.name}@{self.item}" if self.item else self.name
 
     def say(self, message: str) -> None:
@@ -178,10 +195,11 @@ def run(
 def _command_line(name: str, about: str | None, items: list[str] | None) -> str | None:
     import argparse
 
+    section = SETTINGS.get(name, name)
     parser = argparse.ArgumentParser(
         prog=f"python -m tasks.{name}",
         description=about,
-        epilog=f"Settings: params.yaml, section `{name}`. `dvc repro {name}` runs this and what it needs.",
+        epilog=f"Settings: params.yaml, section `{section}`. `dvc repro {address_of(name)}` runs this and what it needs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if items:
@@ -203,7 +221,9 @@ def _begin(stage: Stage) -> None:
 def _finish(stage: Stage) -> None:
     stage.finish()
     if "DVC_STAGE" not in os.environ:
-        stage.say(f"done. `dvc commit {stage.label}` records it, `dvc repro` brings what depends on it up to date.")
+        address = address_of(stage.label)
+        rest = "dvc repro" if address == stage.label else "dvc repro -P"
+        stage.say(f"done. `dvc commit {address}` records it, `{rest}` brings what depends on it up to date.")
 
 
 def rows_of(path: Path) -> Iterator[dict[str, str]]:

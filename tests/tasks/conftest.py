@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from apprentice.config import Params
-from tasks.report_evidence import Evidence, collect
+from tasks.report_evidence import Evidence, collect_main
 from tests.evaluations import HISTORIES, MODELS, write_csv, write_evaluation
 
 
@@ -36,4 +36,4 @@ def reports_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evidence(reports_folder: Path, report_params: Params) -> Evidence:
-    return collect(reports_folder, report_params)
+    return collect_main(reports_folder, report_params)

@@ -13,7 +13,7 @@ from tests.toy import ask, begin, knobs, make_toy, run, runs, wait_for
 KEYS = """
 import json
 from tasks.dvcstage import current_key
-print(json.dumps({name: current_key(name) for name in ('sft', 'evaluate@sft')}))
+print(json.dumps({name: current_key(name) for name in ('sft', 'evaluate@sft', 'extra')}))
 """
 LOCKED = """
 import json
@@ -31,18 +31,41 @@ def test_the_graph_comes_from_dvc_in_an_order_that_can_be_run(toy: Project) -> N
     code = "import json, dataclasses; from tasks.dvcstage import read_stages; "
     stages = ask(toy, code + "print(json.dumps([dataclasses.asdict(s) for s in read_stages()]))")
     names = [stage["name"] for stage in stages]
-    assert sorted(names) == sorted(["prepare", "words", "base", "sft", "evaluate@base", "evaluate@sft", "report", "register"])
+    main = {stage["name"] for stage in stages if stage["file"] == "dvc.yaml"}
+    assert main == {"prepare", "words", "base", "sft", "evaluate@base", "evaluate@sft", "report", "register"}
+    further = {stage["name"] for stage in stages if stage["file"] == "methods/dvc.yaml"}
+    assert further == {"extra", "told", "evaluate_methods@extra", "report_methods", "register_methods"}
+    assert len(names) == len(main | further)
     for stage in stages:
         assert all(names.index(need) < names.index(stage["name"]) for need in stage["upstream"])
     by_name = {stage["name"]: stage for stage in stages}
     assert by_name["report"]["upstream"] == ["evaluate@base", "evaluate@sft"]
     assert by_name["sft"]["meta"] == {"torch": True, "register": "sft"}
     assert "data/models/sft" in by_name["sft"]["outs"]
+    assert by_name["extra"]["upstream"] == ["sft"] and "data/models/extra" in by_name["extra"]["outs"]
+    assert by_name["extra"]["deps"] == ["data/models/sft", "salt"], "paths from the root, params left out"
 
 
 def test_outputs_are_what_dvc_would_remove(toy: Project) -> None:
     code = "import json; from tasks.dvcstage import outputs_of; print(json.dumps([str(p) for p in outputs_of('register')]))"
     assert ask(toy, code) == [str(toy.root / "data/reports/complete")]  # registry.json persists
+
+
+def test_a_stage_of_the_further_methods_is_found_by_its_name_from_anywhere(toy: Project) -> None:
+    code = "import json, os; os.chdir('/'); from tasks.dvcstage import outputs_of; "
+    assert ask(toy, code + "print(json.dumps([str(p) for p in outputs_of('register_methods')]))") == [
+        str(toy.root / "data/reports/complete_methods")
+    ]
+    code = "import json; from tasks.stage import address_of; print(json.dumps([address_of(n) for n in {!r}]))"
+    names = ["sft", "evaluate@base", "extra", "evaluate_methods@extra"]
+    found = ask(toy, code.format(names))
+    assert found == ["sft", "evaluate@base", "methods/dvc.yaml:extra", "methods/dvc.yaml:evaluate_methods@extra"]
+
+
+def test_a_name_that_neither_file_has_is_a_clear_error(toy: Project) -> None:
+    code = "import json; from tasks.dvcstage import outputs_of\ntry:\n    outputs_of('nobody')\n"
+    code += "except Exception as error:\n    print(json.dumps(f'{type(error).__name__}: {error}'))"
+    assert ask(toy, code) == "StageError: dvc.yaml and methods/dvc.yaml: expected one stage 'nobody', found 0"
 
 
 REPRO = """
@@ -66,6 +89,19 @@ def test_a_stage_runs_once_and_is_then_cached(toy: Project) -> None:
     assert ask(toy, REPRO.format(name="prepare"))[0] is None
     toy.path("salt").write_text("a")
     assert "is cached - skipping run" in ask(toy, REPRO.format(name="prepare"))[0]
+
+
+@pytest.mark.slow
+def test_a_stage_of_the_further_methods_runs_and_is_then_cached(toy: Project) -> None:
+    assert run(toy, "-m", "dvc", "repro", "sft").returncode == 0
+    skipped, lines = ask(toy, REPRO.format(name="extra"))
+    assert skipped is None and "[extra] done on 7" in lines
+    assert any(line.startswith("Running stage 'methods/dvc.yaml:extra'") for line in lines)
+    assert ask(toy, REPRO.format(name="extra"))[0] == "Stage 'methods/dvc.yaml:extra' didn't change, skipping"
+    assert toy.path("methods/dvc.lock").is_file() and "\n  extra:" not in toy.path("dvc.lock").read_text()
+    knobs(toy, fail=["told"])
+    kind, message = ask(toy, REPRO.format(name="told"))
+    assert kind == "StageFailed" and message.startswith("stage told failed") and "the stage cannot" in message
 
 
 def test_a_stage_that_fails_is_no_fault_of_the_machinery(toy: Project) -> None:
@@ -101,9 +137,9 @@ def test_only_faults_of_locks_and_processes_are_the_machinerys(
 
 @pytest.mark.slow
 def test_a_key_is_the_same_now_and_in_dvc_lock_and_follows_the_inputs(toy: Project) -> None:
-    assert run(toy, "-m", "dvc", "repro", "report").returncode == 0
+    assert run(toy, "-m", "dvc", "repro", "report", "methods/dvc.yaml:extra").returncode == 0
     now, locked = ask(toy, KEYS), ask(toy, LOCKED)
-    assert now["sft"] == locked["sft"] and now["evaluate@sft"] == locked["evaluate@sft"]
+    assert all(now[name] == locked[name] for name in ("sft", "evaluate@sft", "extra"))
     toy.set(sft__learning_rate=0.5)
     changed = ask(toy, KEYS)
     assert changed["sft"] != now["sft"] and changed["evaluate@sft"] == now["evaluate@sft"]

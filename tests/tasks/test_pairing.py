@@ -12,8 +12,13 @@ from tasks.stage import StageError, read_params
 CONFIG = dataclasses.replace(read_params().pairs, candidates=4, accepted=2, beta=0.0, pairing="first_round")
 
 
-def candidates(*rows: tuple[str, float, bool], prompt: str = "p") -> list[dict[str, Any]]:
-    return [{"prompt": prompt, "response": text, "reward": reward, "ended": ended} for text, reward, ended in rows]
+def candidates(*rows: tuple[str, float, bool], prompt: str = "p") -> list[list[dict[str, Any]]]:
+    return [
+        [
+            {"prompt": prompt, "prompt_id": prompt, "response": text, "reward": reward, "ended": ended}
+            for text, reward, ended in rows
+        ]
+    ]
 
 
 def test_the_best_two_make_one_pair_at_beta_zero() -> None:

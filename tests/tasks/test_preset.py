@@ -1,13 +1,103 @@
 """Presets: they fit params.yaml, keep its comments, and never lose an edit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from apprentice.config import ParamsError
-from tasks.preset import apply, merge
+from tasks.preset import apply, changes_between, merge
 from tasks.stage import ROOT, read_params
+
+MERGED = """\
+seed: 0
+
+# shared
+ppo: &ppo                     # merged below
+  kl: 0.5                     # lower moves further
+  clip: 0.2
+  deep: {a: 1, b: {c: 2, d: 3}}
+
+# the paper's
+srppo:                        # its own
+  <<: *ppo
+  span: sum                   # sum | mean
+
+bare:
+  <<: *ppo
+
+flow: {<<: *ppo, span: mean}
+
+# the end
+models:                       # which
+- one                         # the first
+- two
+
+fields: {}                    # names
+first: &first {x: 1, y: [2]}
+again: *first                 # the same
+"""
+
+DEEP = {"a": 1, "b": {"c": 2, "d": 3}}
+
+
+def merged(preset: str) -> tuple[str, dict[str, Any]]:
+    text = merge(MERGED, yaml.safe_load(preset))
+    return text, yaml.safe_load(text)
+
+
+def test_an_inherited_entry_becomes_its_sections_own_and_nothing_else_moves() -> None:
+    text, params = merged("{srppo: {kl: 0.1}, bare: {clip: 0.3}, flow: {kl: 0.7}}")
+    assert params["srppo"] == {"kl": 0.1, "clip": 0.2, "deep": DEEP, "span": "sum"}
+    assert params["ppo"]["kl"] == 0.5 and params["ppo"]["clip"] == params["srppo"]["clip"] == 0.2
+    assert params["bare"]["clip"] == 0.3 and params["bare"]["kl"] == 0.5
+    assert params["flow"]["kl"] == 0.7 and params["flow"]["span"] == "mean"
+    added = text.splitlines()
+    assert added[added.index("  span: sum                   # sum | mean") + 1] == "  kl: 0.1"
+    assert added[added.index("bare:") + 1 : added.index("bare:") + 3] == ["  <<: *ppo", "  clip: 0.3"]
+    for line in ("  kl: 0.1", "  clip: 0.3"):
+        added.remove(line)
+    assert "\n".join(added).replace("{kl: 0.7, <<", "{<<") + "\n" == MERGED
+
+
+def test_a_shared_value_changes_wherever_it_is_merged_and_every_change_is_shown() -> None:
+    text, params = merged("ppo: {kl: 0.25}")
+    assert {name: params[name]["kl"] for name in ("ppo", "srppo", "bare", "flow")} == dict.fromkeys(
+        ("ppo", "srppo", "bare", "flow"), 0.25
+    )
+    assert "  kl: 0.25                    # lower moves further\n" in text, "the comment keeps its column"
+    shown = changes_between(yaml.safe_load(MERGED), params)
+    assert shown == [f"{name}.kl: 0.5 -> 0.25" for name in ("ppo", "srppo", "bare", "flow")]
+
+
+@pytest.mark.parametrize("order", ["{srppo: {kl: 0.5}, ppo: {kl: 0.1}}", "{ppo: {kl: 0.1}, srppo: {kl: 0.5}}"])
+def test_a_preset_that_names_both_gets_both_in_either_order(order: str) -> None:
+    _text, params = merged(order)
+    assert (params["ppo"]["kl"], params["srppo"]["kl"], params["bare"]["kl"]) == (0.1, 0.5, 0.1)
+
+
+def test_part_of_an_inherited_mapping_is_copied_with_the_rest_of_it() -> None:
+    _text, params = merged("srppo: {deep: {b: {c: 5}}}")
+    assert params["srppo"]["deep"] == {"a": 1, "b": {"c": 5, "d": 3}}
+    assert params["ppo"]["deep"] == params["bare"]["deep"] == DEEP
+
+
+def test_lists_and_empty_mappings_are_replaced_whole() -> None:
+    text, params = merged("{models: [three, four], fields: {prompt: question}}")
+    assert params["models"] == ["three", "four"] and params["fields"] == {"prompt": "question"}
+    assert "models: [three, four]                       # which\n\nfields: {prompt: question}    # names\n" in text
+    assert "# the end\n" in text
+
+
+def test_an_entry_that_names_another_one_gets_a_value_of_its_own() -> None:
+    text, params = merged("again: {x: 3}")
+    assert params["first"] == {"x": 1, "y": [2]} and params["again"] == {"x": 3, "y": [2]}
+    assert text == MERGED.replace("again: *first        ", "again: {x: 3, y: [2]}")
+
+
+def test_nothing_to_change_leaves_every_byte() -> None:
+    assert merged("{srppo: {kl: 0.5}, models: [one, two]}")[0] == MERGED
 
 
 def project_with(preset: str, tmp_path: Path) -> Path:
@@ -35,7 +125,7 @@ def test_values_change_and_comments_stay(tmp_path: Path) -> None:
 
 def test_an_entry_that_params_lacks_is_named() -> None:
     with pytest.raises(ParamsError, match=r"srppo\.kl_coeff"):
-        merge({"srppo": {"kl_coef": 1.0}}, {"srppo": {"kl_coeff": 2.0}})
+        merge("srppo: {kl_coef: 1.0}", {"srppo": {"kl_coeff": 2.0}})
 
 
 def test_a_bad_value_leaves_params_as_they_were(tmp_path: Path) -> None:

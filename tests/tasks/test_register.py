@@ -8,6 +8,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -157,7 +158,7 @@ def test_registering_again_changes_nothing(made: Project) -> None:
     register(made)
     assert snapshot(made) == before
     assert stamp.read_bytes() == b"ok\n" and record.read_bytes() == hashes
-    status = run(made, "-m", "dvc", "status").stdout
+    status = run(made, "-m", "dvc", "status", "dvc.yaml").stdout
     assert "up to date" in status
 
 
@@ -303,3 +304,87 @@ def test_a_registered_model_loads_and_generates(tmp_path: Path) -> None:
     pipeline = mlflow.transformers.load_model(f"models:/{MODEL}@sft")
     (answer,) = pipeline("a b", max_new_tokens=3, do_sample=False)
     assert answer["generated_text"].startswith("a b")
+
+
+def best_of(toy: Project, *models: str) -> str:
+    """Which of the models has the lowest held-out loss in the report."""
+    found = json.loads(toy.path("data/reports/report.json").read_text())["models"]
+    return min(models, key=lambda name: found[name]["validation/held_out_loss"]["mean"])
+
+
+def test_a_model_that_learned_from_labels_is_no_champion(toy: Project) -> None:
+    toy.set(register__champion_mode="max")
+    worker = toy.path("worker.py")
+    worker.write_text(worker.read_text().replace("loss = {m:", 'models["sft"]["loss"] = 10**6\n    loss = {m:'))
+    done = run(toy, "-m", "dvc", "repro", "--force", "--single-item", "report")
+    assert done.returncode == 0, done.stdout
+    register(toy)
+    assert aliases(toy)["champion"] == locked_md5(toy, "sft")
+    path = toy.path("dvc.yaml")
+    pipeline = yaml.safe_load(path.read_text())
+    pipeline["stages"]["sft"]["deps"].append("data/clean/answers.jsonl")
+    path.write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    done = run(toy, "-m", "dvc", "repro", "sft")
+    assert done.returncode == 0, done.stdout
+    register(toy)
+    assert aliases(toy)["champion"] == locked_md5(toy, "base")
+    assert {v.tags["method"]: v.tags["labels"] for v in versions(toy)} == {"base": "none", "sft": "verifier"}
+
+
+@pytest.fixture(scope="module")
+def all_made(made: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A toy after `dvc repro -P`, in stores of its own; the tests that share it change nothing."""
+    copy = Project(tmp_path_factory.mktemp("methods") / "toy")
+    shutil.copytree(made.root, copy.root, ignore=shutil.ignore_patterns("mlflow.db*", "mlruns", ".telemetry"), symlinks=True)
+    shutil.copy(empty_store(), copy.path("mlflow.db"))
+    register(copy)
+    done = run(copy, "-m", "dvc", "repro", "-P")
+    assert done.returncode == 0, done.stdout
+    return copy
+
+
+def test_the_further_methods_are_registered_as_the_main_line_is(all_made: Project) -> None:
+    found = {version.tags["method"]: version for version in versions(all_made)}
+    assert set(found) == {"base", "sft", "extra", "told"}
+    assert {name: version.tags["labels"] for name, version in found.items()} == {
+        "base": "none",
+        "sft": "none",
+        "extra": "none",
+        "told": "verifier",
+    }
+    assert found["extra"].tags["dvc.stage"] == "extra"
+    assert aliases(all_made)["extra"] == found["extra"].tags["dvc.md5"]
+    mean = json.loads(all_made.path("data/reports/methods.json").read_text())["models"]["extra"]["validation/held_out_loss"]
+    assert ("validation/held_out_loss", mean["mean"]) in model_metrics(all_made, found["extra"])
+    own = client(all_made)
+    assert [m.step for m in own.get_metric_history(found["extra"].run_id, "curve/loss")] == [1, 2, 3, 4, 5]
+    runs = own.search_runs([own.get_experiment_by_name(MODEL).experiment_id])
+    assert {run.data.tags["dvc.stage"] for run in runs} >= {"sft", "extra", "told", "evaluate_methods@extra", "report_methods"}
+
+
+def test_each_of_the_two_writes_its_own_record_and_stamp(all_made: Project) -> None:
+    main, further = (
+        json.loads(all_made.path(f"data/reports/{name}").read_text()) for name in ("registry.json", "registry_methods.json")
+    )
+    assert set(main) == {"base", "sft"} and set(further) == {"extra", "told"}
+    assert all_made.path("data/reports/complete").read_bytes() == all_made.path("data/reports/complete_methods").read_bytes()
+    assert run(all_made, "-m", "dvc", "status").stdout.strip().endswith("up to date.")
+
+
+def test_the_champion_stays_with_the_main_line_whichever_ran_last(all_made: Project, tmp_path: Path) -> None:
+    toy = Project(tmp_path / "toy")
+    shutil.copytree(all_made.root, toy.root, ignore=shutil.ignore_patterns("mlflow.db*", "mlruns"), symlinks=True)
+    shutil.copy(empty_store(), toy.path("mlflow.db"))
+    done = run(toy, "-m", "tasks.register_methods")
+    assert done.returncode == 0, done.stdout
+    assert set(aliases(toy)) == {"extra", "told"}
+    register(toy)
+    champion = aliases(toy)["champion"]
+    assert champion == locked_md5(toy, best_of(toy, "base", "sft"))
+    assert run(toy, "-m", "tasks.register_methods").returncode == 0
+    assert aliases(toy)["champion"] == champion and set(aliases(toy)) == {"base", "sft", "extra", "told", "champion"}
+    toy.path("salt").write_text("b")
+    done = run(toy, "-m", "dvc", "repro", "sft")
+    assert done.returncode == 0, done.stdout
+    said = run(toy, "-m", "tasks.register_methods").stdout
+    assert "no report on these models (evaluate@base, evaluate@sft behind)" in said and "see `dvc repro -P`" in said

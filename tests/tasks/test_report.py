@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from apprentice.config import Params
-from tasks.report_evidence import Evidence, collect
+from tasks.report_evidence import Evidence, collect_main
 from tasks.report_html import page
 from tasks.report_markdown import chosen_samples, comparison_table, document, findings, training_notes
 from tasks.report_metrics import METRICS, TRAINING, cell, label, metric_of, number, short_label, verdict
@@ -69,7 +69,7 @@ def test_a_single_prompt_gives_no_interval(reports_folder: Path, report_params: 
         path = reports_folder / "evaluate" / model / "prompts.csv"
         rows = list(csv.DictReader(path.open()))
         write_csv(path, [row for row in rows if row["id"] not in "bv1"])
-    evidence = collect(reports_folder, report_params)
+    evidence = collect_main(reports_folder, report_params)
     assert evidence.report["models"]["sft"]["in_domain/self_reward"] == {"mean": 1.0, "low": None, "high": None}
     assert "[one prompt]" in document(evidence)
     assert page(evidence)
@@ -78,7 +78,7 @@ def test_a_single_prompt_gives_no_interval(reports_folder: Path, report_params: 
 def test_a_missing_evaluation_names_the_command(reports_folder: Path, report_params: Params) -> None:
     (reports_folder / "evaluate" / "srppo" / "prompts.csv").unlink()
     with pytest.raises(StageError, match="dvc repro evaluate@srppo"):
-        collect(reports_folder, report_params)
+        collect_main(reports_folder, report_params)
 
 
 def test_the_first_table_is_the_comparison(evidence: Evidence) -> None:
@@ -95,7 +95,7 @@ def test_gains_and_losses_are_said_plainly(reports_folder: Path, report_params: 
         path = reports_folder / "evaluate" / model / "prompts.csv"
         rows = list(csv.DictReader(path.open()))
         write_csv(path, [{**row, "greedy_accuracy": row["greedy_accuracy"] and right} for row in rows])
-    against_sft, against_tuned = findings(collect(reports_folder, report_params))
+    against_sft, against_tuned = findings(collect_main(reports_folder, report_params))
     assert against_sft.startswith("`srppo` against `sft`: not told apart in in-domain greedy accuracy 0 [0, 0]")
     assert "`srppo` against `sft_tuned`: **worse** in in-domain greedy accuracy −100 [−100, −100]" in against_tuned
 
@@ -121,7 +121,7 @@ def test_training_notes_tell_gate_kl_stop_and_acceptance(evidence: Evidence) -> 
 
 def test_the_gate_of_a_reward_target_below_one_half_warns(reports_folder: Path, report_params: Params) -> None:
     (reports_folder / "sft" / "metrics.json").write_text(json.dumps({"gate": {"mean": 0.49, "low": 0.4, "high": 0.58}}))
-    evidence = collect(reports_folder, report_params)
+    evidence = collect_main(reports_folder, report_params)
     assert "**Warning, below one half" in training_notes(evidence)[0]
     assert 'class="warning"' in page(evidence)
 
@@ -141,7 +141,7 @@ def test_without_verifier_and_with_little_training_there_is_still_a_report(
 ) -> None:
     for model in ("base", "sft"):
         write_evaluation(tmp_path / "evaluate" / model, model, verified=False)
-    evidence = collect(tmp_path, params(**{"evaluate.models": ["base", "sft"], "report.baselines": ["sft"]}))
+    evidence = collect_main(tmp_path, params(**{"evaluate.models": ["base", "sft"], "report.baselines": ["sft"]}))
     header = comparison_table(evidence.report).splitlines()[0]
     assert header.replace(" ", "") == "|model|held-outloss|inKLtoSFT|inself-reward|inlength|"
     assert "✓" not in page(evidence) and "✗" not in page(evidence)

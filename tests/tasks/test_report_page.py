@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from apprentice.config import Params
-from tasks.report_evidence import Evidence, collect
+from tasks.report_evidence import Evidence, collect_main
 from tasks.report_figures import difference_figures, kl_figures, length_figures, training_figures
-from tasks.report_html import SECTIONS, page
+from tasks.report_form import MAIN, Form, methods_form
+from tasks.report_html import page
 from tasks.report_markdown import document
 from tasks.report_plots import Series, line_chart, slope, span, thin, ticks
 from tests.evaluations import MODELS
@@ -64,7 +65,7 @@ def test_the_page_shows_curves_samples_marks_params_and_seed(evidence: Evidence)
 
 
 def test_two_runs_give_identical_bytes(reports_folder: Path, report_params: Params) -> None:
-    first, second = collect(reports_folder, report_params), collect(reports_folder, report_params)
+    first, second = collect_main(reports_folder, report_params), collect_main(reports_folder, report_params)
     assert page(first) == page(second) and document(first) == document(second)
     assert json.dumps(first.report) == json.dumps(second.report)
     assert str(reports_folder) not in page(first) + document(first)
@@ -92,6 +93,7 @@ def test_a_constant_series_still_has_a_range() -> None:
     assert "<polyline" in line_chart("one", [Series("one", "red", [(1, 2.0)])])
 
 
-def test_the_params_shown_are_dependencies_of_the_stage() -> None:
-    stage = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]["report"]
-    assert set(SECTIONS) <= set(stage["params"])
+@pytest.mark.parametrize(("form", "file"), [(MAIN, "dvc.yaml"), (methods_form([]), "methods/dvc.yaml")])
+def test_the_params_shown_are_dependencies_of_the_stage(form: Form, file: str) -> None:
+    stages = yaml.safe_load((Path(__file__).parents[2] / file).read_text())["stages"]
+    assert set(form.sections) <= set(stages["report" if form is MAIN else "report_methods"]["params"])

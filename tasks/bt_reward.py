@@ -1,0 +1,31 @@
+"""The judge's comparison: a scalar Bradley-Terry reward model on the SFT model's trunk, from the same pairs."""
+
+from tasks.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    """Write data/models/bt_reward, its history and metrics."""
+    from apprentice.reward_model import encode_pairs, new_reward_model, train_reward_model
+    from tasks.checkpoints import compute_of, model_folder, save_model, tokenizer_of
+    from tasks.ranking import ranked_pairs
+    from tasks.resume import StageRecorder
+
+    compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
+    pairs, model = ranked_pairs(stage, tokenizer, compute), new_reward_model(model_folder(stage, "sft"), compute)
+    stage.say(f"{len(pairs)} pairs")
+    chosen, rejected = encode_pairs(tokenizer, pairs)
+    trained = train_reward_model(
+        model,
+        chosen.to(compute.device),
+        rejected.to(compute.device),
+        stage.config,
+        seed=f"{stage.params.seed}/judge",
+        compute=compute,
+        recorder=StageRecorder(stage, "loss", "accuracy", "margin"),
+    )
+    metrics = {"pairs": len(pairs), **{name: round(value, 6) for name, value in trained.means.items()}}
+    stage.metrics(metrics)
+    save_model(stage, "bt_reward", model, tokenizer, ["sft"], metrics)
+
+
+run(__name__, main, __doc__)

@@ -1,0 +1,22 @@
+"""Judge and Bradley-Terry reward against the verifier on the held-out prompts: accuracy on pairs, calibration, flips."""
+
+from tasks.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    """Write data/reports/calibration/pairs.csv, one row a pair, and metrics.json."""
+    from tasks.calibrating import judged_pairs, logits_of, summary
+    from tasks.checkpoints import compute_of
+    from tasks.measuring import write_rows
+
+    compute = compute_of(stage)
+    pairs = judged_pairs(stage, compute)
+    stage.say(f"{len(pairs)} pairs of a right and a wrong sample of one prompt")
+    rows = logits_of(stage, pairs, compute)
+    write_rows(stage.reports / "pairs.csv", rows)
+    metrics = summary(rows, stage.config.bins)
+    stage.metrics(metrics)
+    stage.say(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+
+
+run(__name__, main, __doc__)

@@ -1,0 +1,89 @@
+"""What every PPO stage shares: they differ in their reward and their settings."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tasks.answers import Check
+from tasks.stage import Stage, StageError
+
+if TYPE_CHECKING:
+    from apprentice.demonstrations import Demonstration
+    from apprentice.ppo import Prompts, Reward
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a reward may need of the run: the pool, its rows by prompt id, tokenizer, compute, the frozen models by name."""
+
+    prompts: "Prompts"
+    rows: "dict[str, Demonstration]"
+    tokenizer: Any
+    compute: Any
+    scorers: dict[str, Any]
+
+
+def ppo_stage(
+    stage: Stage,
+    reward: "Callable[[Setting], Reward]",
+    pool: "Sequence[Demonstration] | None" = None,
+    roles: Sequence[str] = (),
+) -> None:
+    """Train the `init` model by PPO on a pool of prompts (the unlabelled one unless given); write model, history, metrics.
+
+    `reward` makes the reward for this setting; `roles` are models it needs besides anchor and critic.
+    """
+    from apprentice.ppo import PPO, Prompts
+    from apprentice.tokens import encode_prompts, token_classes
+    from tasks.checkpoints import compute_of, policy_of, prompt_keys, save_model, scorers_of, table, tokenizer_of
+    from tasks.resume import StageRecorder
+
+    compute, config = compute_of(stage), stage.config
+    tokenizer, policy = tokenizer_of(stage, config.init), policy_of(stage, config.init, compute)
+    names = list(dict.fromkeys(("sft", "base", *roles, config.kl_anchor, config.critic_init)))
+    pool = table(stage, "prompts") if pool is None else pool
+    classes, class_names = token_classes(tokenizer, policy.config.vocab_size)
+    ids, keys = encode_prompts(tokenizer, [row.prompt for row in pool]), prompt_keys(pool)
+    prompts = Prompts(ids, keys, tokenizer.eos_token_id, classes, class_names)
+    scorers = scorers_of(stage, names, compute)
+    stage.say(f"{len(pool)} prompts, {config.iterations} iterations of {config.batch_size} rollouts, from {config.init}")
+    trainer = PPO(
+        policy,
+        scorers,
+        prompts,
+        reward(Setting(prompts, dict(zip(keys, pool, strict=True)), tokenizer, compute, scorers)),
+        config,
+        seed=f"{stage.params.seed}/{stage.name}",
+        compute=compute,
+    )
+    result = trainer.train(StageRecorder(stage, "reward", "kl_to_anchor", "length", "eos_rate", "entropy"))
+    if not result["iterations"]:
+        raise StageError(
+            f"{stage.name}.kl_stop: {config.init!r} is {result['kl_to_anchor']:.3g} nats per response from the KL anchor "
+            f"{config.kl_anchor!r} before the first step, above {config.kl_stop}; raise it or change the anchor"
+        )
+    stage.say(f"stopped by {result['stopped_by']} after {result['iterations']} iterations")
+    metrics = {name: round(v, 6) if isinstance(v, float) else v for name, v in result.items()}
+    stage.metrics(metrics)
+    save_model(stage, stage.name, policy, tokenizer, list(dict.fromkeys([config.init, *names])), metrics)
+
+
+def with_answers(stage: Stage, check: Check) -> "list[Demonstration]":
+    """The prompts of the pool that the verifier has an answer to."""
+    from tasks.checkpoints import prompt_keys, table
+
+    pool = table(stage, "prompts")
+    return [row for row, key in zip(pool, prompt_keys(pool), strict=True) if check(key, "") is not None]
+
+
+def verifier_reward(stage: Stage, setting: Setting, check: Check) -> "Reward":
+    """1 for a right response, 0 for a wrong one."""
+    from apprentice.policy import decode_responses
+    from apprentice.ppo import TerminalReward
+
+    def rate(rollout: Any) -> Any:
+        texts = decode_responses(setting.tokenizer, rollout.response_ids())
+        right = [float(bool(check(key, text))) for key, text in zip(rollout.keys, texts, strict=True)]
+        return rollout.logps.new_tensor(right), {}
+
+    return TerminalReward(rate, stage.config.missing_eos_reward)

@@ -1,0 +1,56 @@
+"""Another reward for the candidates of `pairs`: the judge (against a first draw), the Bradley-Terry model or the verifier."""
+
+from tasks.stage import Stage, run
+
+
+def main(stage: Stage) -> None:
+    """Write data/rescored/candidates.jsonl with the reward replaced, and the figures of the new reward."""
+    from statistics import fmean
+
+    from apprentice.demonstrations import write_jsonl
+    from tasks.candidates import prompt_groups
+    from tasks.checkpoints import compute_of
+
+    groups = prompt_groups(stage, "pairs")
+    rewards = _REWARDS[stage.config.reward](stage, groups, compute_of(stage))
+    rows = [row for group in groups for row in group]
+    rescored = [{**row, "reward": round(reward, 6)} for row, reward in zip(rows, rewards, strict=True)]
+    write_jsonl(stage.data / "rescored" / "candidates.jsonl", rescored)
+    stage.metrics({"candidates": len(rows), "reward": round(fmean(rewards), 6)})
+    stage.say(f"{len(rows)} candidates, mean reward by {stage.config.reward} {fmean(rewards):.3f}")
+
+
+def _by_judge(stage: Stage, groups, compute) -> list[float]:  # type: ignore[no-untyped-def]
+    """Logit of beating the prompt's first candidate, a draw of the SFT model, whose own reward is 0 (RSO, 3.2)."""
+    from apprentice.judge import win_logits
+    from tasks.ranking import judge_of
+
+    triples = [(row["prompt"], row["response"], group[0]["response"]) for group in groups for row in group]
+    return win_logits(judge_of(stage, compute), triples).tolist()
+
+
+def _by_reward_model(stage: Stage, groups, compute) -> list[float]:  # type: ignore[no-untyped-def]
+    import torch
+
+    from apprentice.demonstrations import demonstration
+    from apprentice.reward_model import bt_rewards
+    from tasks.checkpoints import batch_of, tokenizer_of
+    from tasks.ranking import reward_model_of
+
+    rows = [demonstration(row["prompt"], row["response"], "candidates") for group in groups for row in group]
+    with torch.no_grad():
+        return bt_rewards(
+            reward_model_of(stage, compute), batch_of(tokenizer_of(stage, "sft"), rows, compute), compute
+        ).tolist()
+
+
+def _by_verifier(stage: Stage, groups, compute) -> list[float]:  # type: ignore[no-untyped-def]
+    from tasks.answers import check_of
+
+    check = check_of(stage)
+    return [float(bool(check(row["prompt_id"], row["response"]))) for group in groups for row in group]
+
+
+_REWARDS = {"judge": _by_judge, "bt_reward": _by_reward_model, "verifier": _by_verifier}
+
+run(__name__, main, __doc__)

@@ -1,0 +1,107 @@
+"""From the SFT model's responses to what per-step learning takes: attempts, values of their steps, pairs or weights."""
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from apprentice.calculator import calculator_steps
+from apprentice.compute import Compute
+from apprentice.method_sections import PerStepConfig
+from apprentice.policy import decode_responses
+from apprentice.sampling import sample
+from apprentice.sections import FineTuningConfig
+from apprentice.steps import (
+    Attempt,
+    Completed,
+    Prefix,
+    StepPairs,
+    StepWeights,
+    advantage_weights,
+    attempts_of,
+    complete,
+    first_pit,
+    practical_pairs,
+    rollout_values,
+    separator_ids,
+    shared_prefix_pairs,
+    verdict_values,
+)
+from tasks.answers import check_of
+from tasks.checkpoints import scorers_of
+from tasks.pairing import pick_prompts, requests_of
+from tasks.ppo_training import with_answers
+from tasks.stage import Stage, StageError
+
+
+def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs | StepWeights, dict[str, float]]:
+    """Sample, split, verify, value the steps, and make of it what the section's variant learns from; with figures."""
+    config, check = stage.config, check_of(stage)
+    policy = scorers_of(stage, ["sft"], compute)["sft"]
+    separators = separator_ids(tokenizer, config.separator)
+    if not separators:
+        raise StageError(
+            f"perstep.separator: no token of this tokenizer contains {config.separator!r}, so nothing can be split"
+        )
+
+    def verify(key: str, ids: list[int]) -> bool:
+        return bool(check(key, decode_responses(tokenizer, [ids])[0]))
+
+    drawn = {"end": tokenizer.eos_token_id, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    rows = pick_prompts(with_answers(stage, check), config.prompts, stage.params.seed)
+    stage.say(f"{config.negatives} responses to each of {len(rows)} prompts, values by {config.values}")
+    rollout = sample(
+        policy, requests_of(rows, tokenizer, config.negatives), seed=f"{stage.params.seed}/perstep", compute=compute, **drawn
+    )
+    attempts = attempts_of(rollout, separators, verify)
+    valued = [row for row in attempts if config.variant == "advantage_weighted" or not row.right]
+    completed = {}
+    if config.values == "rollouts":
+        completed = complete(
+            policy, valued, verify, config, seed=f"{stage.params.seed}/perstep/values", end=drawn["end"], compute=compute
+        )
+    values = [_values(row, completed, config, tokenizer) for row in attempts]
+    if config.variant == "advantage_weighted":
+        found: StepPairs | StepWeights = advantage_weights(attempts, values, config.beta, config.max_weight, drawn["end"])
+        dropped: dict[str, int] = {}
+    elif config.variant == "shared_prefix":
+        found, dropped = shared_prefix_pairs(attempts, values, completed, separators, drawn["end"])
+    else:
+        found, dropped = practical_pairs(attempts, values, drawn["end"])
+    return found, _figures(attempts, values) | {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
+
+
+def _values(attempt: Attempt, completed: Mapping[Prefix, Completed], config: PerStepConfig, tokenizer: Any) -> list[float]:
+    """Values of an attempt's steps, by completions or by the calculator annotations in each step's text.
+
+    None for a right response that no variant learns from step by step.
+    """
+    if config.values == "rollouts":
+        skipped = attempt.right and config.variant != "advantage_weighted"
+        return [] if skipped else rollout_values(attempt, completed, config.best_of)
+    starts = [0, *attempt.ends[:-1]]
+    texts = decode_responses(tokenizer, [attempt.response[a:b] for a, b in zip(starts, attempt.ends, strict=True)])
+    return verdict_values([all(calculator_steps(text)) for text in texts], attempt.right)
+
+
+def _figures(attempts: list[Attempt], values: list[list[float]]) -> dict[str, float]:
+    wrong = [(row, value) for row, value in zip(attempts, values, strict=True) if not row.right]
+    return {
+        "responses": float(len(attempts)),
+        "wrong": float(len(wrong)),
+        "unsplit_share": round(fmean(len(row.ends) == 1 for row in attempts), 6),
+        "prompt_value": round(fmean(value[0] for _, value in wrong), 6) if wrong else 0.0,
+        "pit_position": round(fmean(first_pit(value) / len(row.ends) for row, value in wrong), 6) if wrong else 0.0,
+    }
+
+
+def as_weights(config: PerStepConfig) -> FineTuningConfig:
+    """The section as fine-tuning with weights takes it."""
+    return FineTuningConfig(
+        epochs=config.epochs,
+        select="last",
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_share=config.warmup_share,
+        weight_decay=0.0,
+        max_grad_norm=config.max_grad_norm,
+    )

@@ -1,0 +1,197 @@
+"""What study/claims.yaml asks for: runs, claims and plots, checked against params.yaml and the stages before anything runs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apprentice.config import Params, ParamsError, parse
+from tasks.stage import METHODS, ROOT, StageError
+
+MAIN = "main"  # the run that takes every stage; a name without a run in front means this one
+CLAIMS = Path("study") / "claims.yaml"
+
+
+class StudyError(StageError):
+    """The study cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One set of changes to params.yaml and the models it is measured on (None: all); `seeds` caps how many seeds it takes."""
+
+    name: str
+    changes: dict[str, Any]
+    measure: tuple[str, ...] | None
+    seeds: int | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An effect and what is claimed of it: `test` is "above" or "within", `margin` its number."""
+
+    paper: str
+    claim: str
+    published: str
+    effect: dict[str, float]
+    metric: dict[str, float]
+    test: str
+    margin: float
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure: of one run against a metric (`x` its name), or of several runs, `x` then a number for each."""
+
+    name: str
+    runs: tuple[str, ...]
+    x: str | tuple[float, ...]
+    y: tuple[str, ...]
+    models: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """The whole of claims.yaml, in its order."""
+
+    runs: dict[str, Run]
+    claims: tuple[Claim, ...]
+    plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run with one seed: a DVC experiment."""
+
+    run: Run
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What the experiment is called."""
+        return f"study-{self.run.name}-{self.seed}"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Entries of params.yaml that it sets."""
+        return {"seed": self.seed, **self.run.changes}
+
+
+def read_study(path: Path = ROOT / CLAIMS) -> Study:
+    """Read claims.yaml. Raises StudyError for what is missing, unknown or named but not there."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise StudyError(f"{path} cannot be read: {error}") from error
+    _expect(raw, "claims.yaml", {"metrics", "runs", "claims", "plots"})
+    runs = {name: _run(name, one) for name, one in raw["runs"].items()}
+    if runs.get(MAIN) != Run(MAIN, {}, None, None):
+        raise StudyError(f"{path.name}: expected a run `{MAIN}: {{set: {{}}, measure: all}}`, got {runs.get(MAIN)}")
+    study = Study(runs, tuple(map(_claim, raw["claims"])), tuple(_plot(name, one) for name, one in raw["plots"].items()))
+    named = {name: f"plot {plot.name}" for plot in study.plots for name in plot.runs}
+    named |= {split(name)[0]: f"claim {claim.claim!r}" for claim in study.claims for name in claim.effect}
+    for name, where in named.items():
+        if name not in runs:
+            raise StudyError(f"{path.name}: {where} names the run {name!r}; there are {', '.join(runs)}")
+    return study
+
+
+def split(name: str) -> tuple[str, str]:
+    """`panel_a:rso` as run and model; `rso` is of the main run."""
+    run, colon, model = name.partition(":")
+    return (run, model) if colon else (MAIN, name)
+
+
+def _expect(raw: Any, what: str, keys: set[str], optional: Iterable[str] = ()) -> None:
+    if not isinstance(raw, dict) or not keys <= set(raw) <= keys | set(optional):
+        found = sorted(raw) if isinstance(raw, dict) else raw
+        raise StudyError(f"claims.yaml, {what}: expected the keys {', '.join(sorted(keys))}, got {found}")
+
+
+def _run(name: str, raw: Any) -> Run:
+    _expect(raw, f"run {name}", {"set", "measure"}, ["seeds"])
+    measure = None if raw["measure"] == "all" else tuple(raw["measure"])
+    return Run(name, dict(raw["set"]), measure, raw.get("seeds"))
+
+
+def _claim(raw: Any) -> Claim:
+    what = f"claim {raw.get('claim')!r}" if isinstance(raw, dict) else "a claim"
+    test = next((key for key in ("above", "within") if isinstance(raw, dict) and key in raw), "above")
+    _expect(raw, what, {"paper", "claim", "published", "effect", "metric", test})
+    published = {True: "yes", False: "no"}.get(raw["published"], raw["published"])  # YAML's words for true and false
+    return Claim(raw["paper"], raw["claim"], published, raw["effect"], raw["metric"], test, float(raw[test]))
+
+
+def _plot(name: str, raw: Any) -> Plot:
+    many = isinstance(raw, dict) and "runs" in raw
+    _expect(raw, f"plot {name}", {"x", "y", "models", "runs" if many else "run"})
+    x: str | tuple[float, ...] = tuple(map(float, raw["x"])) if many else raw["x"]
+    runs = tuple(raw["runs"]) if many else (raw["run"],)
+    if many and len(x) != len(runs):
+        raise StudyError(f"claims.yaml, plot {name}: expected an x for each of {len(runs)} runs, got {len(x)}")
+    y = tuple(raw["y"]) if isinstance(raw["y"], list) else (raw["y"],)
+    return Plot(name, runs, x, y, None if raw["models"] == "all" else tuple(raw["models"]))
+
+
+def measured(run: Run, params: Params) -> tuple[str, ...]:
+    """The models a run is measured on."""
+    return run.measure or main_models(params)
+
+
+def main_models(params: Params) -> tuple[str, ...]:
+    """Every model that is measured, in the order of params.yaml."""
+    return (*params.evaluate.models, *params.evaluate_methods.models)
+
+
+def targets_of(run: Run, params: Params) -> list[str]:
+    """What `dvc exp run` is asked for: all, or the evaluations of the models that the run measures."""
+    return ["-P"] if run.measure is None else [address_of_evaluation(model, params) for model in run.measure]
+
+
+def address_of_evaluation(model: str, params: Params) -> str:
+    """The stage that measures a model, as DVC calls it from the project's root. Raises StudyError when none does."""
+    if model in params.evaluate.models:
+        return f"evaluate@{model}"
+    if model in params.evaluate_methods.models:
+        return f"{METHODS}:evaluate_methods@{model}"
+    raise StudyError(f"claims.yaml: no stage measures {model!r}; params.yaml has it in neither evaluate nor evaluate_methods")
+
+
+def jobs_of(study: Study, seeds: int, only: Sequence[str] = ()) -> list[Job]:
+    """Every run with every seed: the main run with all its seeds, then the others seed by seed.
+
+    `only` names runs to take; the others are left out.
+    """
+    for name in only:
+        if name not in study.runs:
+            raise StudyError(f"no run {name!r} in {CLAIMS}; there are {', '.join(study.runs)}")
+    runs = [run for run in study.runs.values() if not only or run.name in only]
+    jobs = [Job(run, seed) for seed in range(seeds) for run in runs if run.seeds is None or seed < run.seeds]
+    return sorted(jobs, key=lambda job: job.run.name != MAIN)
+
+
+def with_changes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of parsed params with entries such as {"crlft.weights.mixed": 1.0} set; one that is not there is refused."""
+    params = dict(raw)
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        if name not in params or (rest and not isinstance(params[name], dict)):
+            raise StudyError(f"claims.yaml sets {key!r}, which params.yaml does not have")
+        params[name] = with_changes(params[name], {rest: value}) if rest else value
+    return params
+
+
+def params_of(job: Job, raw: Mapping[str, Any]) -> Params:
+    """The params of a job, checked; `raw` is params.yaml parsed."""
+    try:
+        return parse(with_changes(raw, job.values))
+    except (ParamsError, StudyError) as error:
+        raise StudyError(f"{job.name}: {error}") from error
+
+
+def written(value: Any) -> str:
+    """A value as `--set-param` takes it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return text

@@ -11,7 +11,7 @@ export GX_ANALYTICS_ENABLED = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast check format preset ui
+.PHONY: help setup run methods test test-fast check format preset ui
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -28,8 +28,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -e .git || $(BIN)/python -m dvc config --local core.no_scm true
 	@touch $@
 
-run: setup    ## the whole pipeline through the Prefect flow: data, models, report, registry
+run: setup    ## the main line through the Prefect flow: data, models, report, registry
 	@$(BIN)/python -m flows.align
+
+methods: setup ## the main line and every further method
+	@$(BIN)/python -m flows.align --methods
 
 test: setup   ## every test, the whole reduced pipeline included
 	@$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""The main line as a Prefect flow: `python -m flows.align`.
+"""The main line as a Prefect flow: `python -m flows.align`; with `--methods` every further method too.
 
 One task per DVC stage, under the stage's name. DVC's graph is the only source of the order; independent stages go side by
 side. What a stage does is in tasks/, with which settings in params.yaml, and whether it has to run only DVC knows.
@@ -22,16 +22,16 @@ from tasks.repro import PlanError, bring_up_to_date, comparison, first_table, pl
 
 NEXT = """
 Look next at
-  data/reports/report.html          the whole report, opens offline
+  data/reports/{page:<21}the whole report, opens offline
   make ui                           runs and model versions in MLflow, the flow in Prefect
   dvc metrics show, dvc plots show  the figures and curves as DVC has them
   models:/apprentice@champion       the best model, for mlflow.transformers.load_model"""
 
 
 @flow(name="align", task_runner=ThreadPoolTaskRunner(max_workers=64))
-def align(only: list[str] | None = None, force: bool = False) -> list[State]:
-    """Bring every stage, or only those named, up to date."""
-    stages, slots, retries = plan(only or [])
+def align(only: list[str] | None = None, force: bool = False, methods: bool = False) -> list[State]:
+    """Bring the main line, with `methods` every further method too, or only the stages named, up to date."""
+    stages, slots, retries = plan(only or [], methods)
     futures: dict[str, PrefectFuture] = {}
     try:
         for stage in stages:
@@ -44,16 +44,16 @@ def align(only: list[str] | None = None, force: bool = False) -> list[State]:
         raise
     states = {name: future.state for name, future in futures.items()}
     tell(states)
-    if (text := comparison()) and all(state.is_completed() for state in states.values()):
+    if (text := comparison(methods)) and all(state.is_completed() for state in states.values()):
         create_markdown_artifact(text, key="comparison", description="every model, with 95% intervals")
     return list(states.values())
 
 
-def main(only: list[str], force: bool) -> int:
+def main(only: list[str], force: bool, methods: bool) -> int:
     """Run the flow, print the table and where to look next; 0 when all is well, 1 when not, 2 when it cannot begin."""
     try:
-        plan(only)
-        state = align(only, force, return_state=True)
+        plan(only, methods)
+        state = align(only, force, methods, return_state=True)
     except (PlanError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -63,10 +63,10 @@ def main(only: list[str], force: bool) -> int:
     if not state.is_completed():
         print(f"\n{state.message} What is done stays done: mend and run the same command again.", file=sys.stderr)
         return 1
-    if text := comparison():
-        print(f"\n{first_table(text)}\n{NEXT}")
+    if text := comparison(methods):
+        print(f"\n{first_table(text)}\n{NEXT.format(page='methods.html' if methods else 'report.html')}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(OPTIONS.only, OPTIONS.force))
+    raise SystemExit(main(OPTIONS.only, OPTIONS.force, OPTIONS.methods))

@@ -13,14 +13,31 @@ def align_options() -> argparse.Namespace:
     """Options of `python -m flows.align`."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.align",
-        description="Bring every DVC stage up to date, as a Prefect flow: demonstrations in, aligned, evaluated and "
-        "registered models out. Stages whose inputs did not change are skipped.",
+        description="Bring every DVC stage of the main line up to date, as a Prefect flow: demonstrations in, aligned, "
+        "evaluated and registered models out. Stages whose inputs did not change are skipped.",
         epilog="Settings: params.yaml. `make ui` in another terminal shows the flow live. Without Prefect: `dvc repro`.",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--methods", action="store_true", help="every further method too (methods/dvc.yaml)")
+    which.add_argument(
         "--only", nargs="+", default=[], metavar="STAGE", help="just these stages; what they need is taken as it is"
     )
     parser.add_argument("--force", action="store_true", help="run stages also when nothing changed")
+    return parser.parse_args()
+
+
+def study_options() -> argparse.Namespace:
+    """Options of `python -m flows.study`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.study",
+        description="Run every run of study/claims.yaml with every seed, as DVC experiments beside the workspace, and write "
+        "study/figures.json, claims.json, claims.md, the plots and the table in README.md. What stands is not run again.",
+        epilog="Logs: .telemetry/study/. `dvc exp show -A` lists the experiments, `dvc exp apply study-main-0` takes one over.",
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (5; with --report-only all there are)")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of claims.yaml")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (as many as a flow runs torch stages)")
+    parser.add_argument("--report-only", action="store_true", help="run nothing: publish from study/figures.json again")
     return parser.parse_args()
 
 

@@ -12,6 +12,9 @@ GREEDY = {  # of four prompts: in-domain a and b, out-of-domain c (pool) and d (
     "sft": [1, 0, 1, 0],
     "sft_tuned": [1, 1, 1, 1],
     "srppo": [0, 0, 1, 1],
+    "rft": [1, 1, 0, 1],
+    "crlft": [0, 1, 0, 0],
+    "bt_ppo": [1, 0, 1, 1],
 }
 HISTORIES = {
     "pretrain": [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}],

@@ -1,6 +1,6 @@
 """Who imports what, read with `ast`: nothing is run, imports inside functions count.
 
-`python -m tests.imports` prints the code that each DVC stage must depend on; `--write` puts it into dvc.yaml.
+`python -m tests.imports` prints the code that each DVC stage must depend on; `--write` puts it into the pipeline files.
 """
 
 import ast
@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("apprentice", "tasks", "flows")
 # Imports that make no dependency: through this one a stage finds its key and its outputs, and no byte of a result.
 BOOKKEEPING = {("tasks/stage.py", "tasks/dvcstage.py")}
+# Files that make none either: they hold names, types and ranges of params.yaml and no value (tests/test_pipeline.py sees to
+# it), and values are dependencies by themselves. Or else another method's section would retrain everything.
+NO_VALUES = {f"apprentice/{name}.py" for name in ("schema", "sections", "method_sections", "config")}
 
 
 def sources(*packages: str) -> list[str]:
@@ -90,19 +93,19 @@ def _is_bare_package(path: str) -> bool:
 
 
 def closure(path: str) -> list[str]:
-    """The file and all of ours that it imports, directly or through others, bookkeeping left out; sorted."""
+    """The file and all of ours that it imports, directly or through others, what makes no dependency left out; sorted."""
     found, waiting = set(), [path]
     while waiting:
         file = waiting.pop()
         if file not in found:
             found.add(file)
-            waiting += [name for name in our_imports(file) if (file, name) not in BOOKKEEPING]
+            waiting += [name for name in our_imports(file) - NO_VALUES if (file, name) not in BOOKKEEPING]
     return sorted(found)
 
 
 def pipelines() -> list[Path]:
-    """The files that hold stages: the main line and, once there, the further methods."""
-    return [path for path in (ROOT / "dvc.yaml", ROOT / "methods" / "dvc.yaml") if path.is_file()]
+    """The files that hold stages: the main line and the further methods."""
+    return [ROOT / "dvc.yaml", ROOT / "methods" / "dvc.yaml"]
 
 
 def body_of(stage: dict[str, Any]) -> dict[str, Any]:
@@ -136,8 +139,27 @@ def main(arguments: list[str]) -> None:
             print(f"{name}:", *code, sep="\n    - ")
             deps = body_of(stage)["deps"]
             deps[:] = [dep for dep in deps if not is_code(dep)] + code
+        if "report_methods" in document["stages"]:
+            complete_lists(document["stages"])
         if "--write" in arguments:
             yaml.dump(document, path)
+
+
+def complete_lists(stages: dict[str, Any]) -> None:
+    """What `report_methods` and `register_methods` read of each further method: its reports, its section, its model."""
+    last = ("evaluate_methods", "report_methods", "register_methods")
+    methods = {name: stage for name, stage in stages.items() if name not in last}
+    models = [stage["meta"]["register"] for stage in methods.values() if "register" in stage.get("meta", {})]
+    _refill(stages["report_methods"]["deps"], "data/reports/", [f"data/reports/{name}" for name in methods])
+    _refill(stages["register_methods"]["deps"], "data/models/", [f"data/models/{name}" for name in models])
+    stages["report_methods"]["params"][:] = ["seed", "evaluate", "report", "evaluate_methods", *methods]
+
+
+def _refill(deps: list[Any], folder: str, wanted: list[str]) -> None:
+    """Replace the entries of a folder that stand for methods; those of evaluations stay."""
+    kept = [dep for dep in deps if not dep.startswith(folder) or dep.startswith("data/reports/evaluate")]
+    first = next(i for i, dep in enumerate([*kept, "apprentice/"]) if is_code(dep) or dep == "apprentice/")
+    deps[:] = [*kept[:first], *wanted, *kept[first:]]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The whole pipeline once, at the size of the smoke preset, through the real flow, in a project and stores of its own."""
 
+import csv
 import json
 import os
 import random
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from apprentice.demonstrations import read_jsonl
+from apprentice.demonstrations import prompt_id, read_jsonl
 from tasks.preset import apply
+from tasks.report_metrics import METRICS, TRAINING
+from tasks.stage import read_params
 from tests.conftest import Project, copy_project
 
 pytestmark = pytest.mark.slow
@@ -27,6 +30,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, s
     """The project after `python -m flows.align`, with what the command printed."""
     project = copy_project(tmp_path_factory.mktemp("whole") / "project")
     apply("smoke", project.root)
+    project.path("methods/dvc.lock").unlink(missing_ok=True)  # of another size, as the main line's
     (project.root / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
     yield project, project.run("-m", "flows.align", **own_stores(project))
 
@@ -67,16 +71,17 @@ def test_the_report_has_its_form(built: Any) -> None:
 
 
 def test_no_held_out_prompt_is_in_any_training_table(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import pretrain, stage
+    from tasks import corpus, stage
 
     root = built[0].root
     tables = {path.stem: read_jsonl(path) for path in (root / "data/clean").glob("*.jsonl")}
     held_out = {row["prompt"] for name in ("validation", "evaluation") for row in tables[name]}
-    seen = {row["prompt"] for name in ("demonstrations", "prompts") for row in tables[name]}
+    seen = {row["prompt"] for name in ("demonstrations", "prompts", "suboptimal", "preferences") for row in tables[name]}
     seen |= {row["prompt"] for row in read_jsonl(root / "data/pairs/pairs.jsonl")}
     assert held_out and seen and not held_out & seen
+    assert not {prompt_id(prompt) for prompt in held_out} & {row["prompt_id"] for row in tables["answers"]}
     monkeypatch.setattr(stage, "ROOT", root)
-    made = pretrain.documents(stage.Stage("pretrain", stage.read_params(root / "params.yaml")))
+    made = corpus.documents(stage.Stage("pretrain", stage.read_params(root / "params.yaml")))
     rng = random.Random(0)
     corpus = [made(rng) for _ in range(5000)]
     assert not held_out & {prompt for prompt, _ in corpus}
@@ -103,7 +108,7 @@ def test_a_second_repro_runs_nothing_even_without_bytecode(built: Any) -> None:
         shutil.rmtree(cache)
     assert "Data and pipelines are up to date." in dvc(project, "repro").stdout
     assert "Running stage" not in dvc(project, "repro", "pipelines.dvc").stdout
-    assert "up to date" in dvc(project, "status").stdout
+    assert "up to date" in dvc(project, "status", "dvc.yaml").stdout
     assert before == {path: path.stat().st_mtime_ns for path in (project.root / "data").rglob("*") if path.is_file()}
 
 
@@ -115,8 +120,8 @@ def test_push_and_pull_bring_everything_back(built: Any, tmp_path: Path) -> None
     ignored = shutil.ignore_patterns("data", "cache", "tmp", ".prefect", ".resume", "mlruns", "mlflow.db*")
     shutil.copytree(project.root, elsewhere.root, ignore=ignored)
     shutil.copytree(project.root / "data/raw", elsewhere.root / "data/raw")
-    dvc(elsewhere, "pull")
-    assert "up to date" in dvc(elsewhere, "status").stdout
+    dvc(elsewhere, "pull", "-d", "pipelines.dvc")
+    assert "up to date" in dvc(elsewhere, "status", "dvc.yaml").stdout
     for name in ("data/reports/report.html", "data/models/srppo/model.safetensors"):
         assert (elsewhere.root / name).read_bytes() == (project.root / name).read_bytes()
 
@@ -144,4 +149,25 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(built: Any) -> None
     assert "continuing after step" in done.stdout
     assert weights.read_bytes() == undisturbed and not list(folder.glob("*/last"))
     assert (project.root / "dvc.lock").read_bytes() == lock
+    assert "up to date" in dvc(project, "status", "dvc.yaml").stdout
+
+
+def test_every_further_method_after_the_main_line(built: Any) -> None:
+    """Both pipeline files through the flow; nothing of the main line runs again."""
+    import mlflow
+
+    project = built[0]
+    before = {name: (project.root / f"data/reports/{name}").read_bytes() for name in ("report.html", "registry.json")}
+    done = project.run("-m", "flows.align", "--methods", **own_stores(project))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "up to date" in dvc(project, "status").stdout
+    assert before == {name: (project.root / f"data/reports/{name}").read_bytes() for name in before}
+    further = read_params(project.root / "params.yaml").evaluate_methods.models
+    report = json.loads((project.root / "data/reports/methods.json").read_text())
+    assert list(report["models"]) == list(report["labels"]) == [*MODELS, *further]
+    stages = yaml.safe_load((project.root / "methods/dvc.yaml").read_text())["stages"].values()
+    wanted = {stage["meta"]["register"] for stage in stages if "register" in stage.get("meta", {})}
+    client = mlflow.MlflowClient(own_stores(project)["MLFLOW_TRACKING_URI"], own_stores(project)["MLFLOW_TRACKING_URI"])
+    assert client.get_registered_model("apprentice").aliases.keys() == {*MODELS, "champion", *wanted}
+    columns = {name for path in (project.root / "data/reports").glob("*/history.csv") for name in next(csv.reader(path.open()))}
+    assert columns - METRICS.keys() - TRAINING.keys() == {"step"}, "explain them in tasks/report_metrics.py"

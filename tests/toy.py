@@ -2,6 +2,8 @@
 
 prepare -> base -> sft -> evaluate@base, evaluate@sft -> report -> register
         -> words (no torch, beside base)
+In methods/dvc.yaml: sft -> extra -> evaluate_methods@extra -> report_methods -> register_methods, and `told`, which learned
+from the verifier's answers and is measured by nobody.
 """
 
 import atexit
@@ -51,7 +53,7 @@ if name in knobs.get("hang", []):
     pathlib.Path("hanging").write_text(str(os.getpid()))
     print("hanging", flush=True)
     time.sleep(600)
-if name in ("base", "sft"):
+if name in ("base", "sft", "extra", "told"):
     model = data / "models" / name
     model.mkdir(parents=True)
     if knobs.get("real"):
@@ -67,14 +69,23 @@ if name in ("base", "sft"):
             writer.writerow([step, f"{seed / step:.6g}"])
             file.flush()
             time.sleep(knobs.get("step_seconds", 0))
-if name == "report":
-    models = {m: json.loads((data / f"reports/evaluate/{m}/metrics.json").read_text()) for m in ("base", "sft")}
+if name in ("report", "report_methods"):
+    files = {path.parent.name: path for path in sorted((data / "reports/evaluate").glob("*/metrics.json"))}
+    if name == "report_methods":
+        files |= {"extra": data / "reports/evaluate_methods/extra/metrics.json"}
+    models = {m: json.loads(path.read_text()) for m, path in files.items()}
+    page = "methods" if name == "report_methods" else "report"
     loss = {m: {"mean": v["loss"], "low": v["loss"] - 1, "high": v["loss"] + 1} for m, v in models.items()}
     figures = {m: {"validation/held_out_loss": value} for m, value in loss.items()}
-    (data / "reports/report.json").write_text(json.dumps({"seed": 0, "models": figures, "differences": []}))
-    (data / "reports/report.md").write_text("# Report\\n\\n| model | loss |\\n| --- | --- |\\n| sft | 1 |\\n\\nmore\\n")
-    (data / "reports/report.html").write_text("<p>report</p>")
+    (data / f"reports/{page}.json").write_text(json.dumps({"seed": 0, "models": figures, "differences": []}))
+    last = list(models)[-1]
+    text = f"# Report\\n\\n| model | loss |\\n| --- | --- |\\n| {last} | 1 |\\n\\nmore\\n"
+    (data / f"reports/{page}.md").write_text(text)
+    (data / f"reports/{page}.html").write_text("<p>report</p>")
 else:
+    if name == "prepare":
+        (data / "clean").mkdir()
+        (data / "clean/answers.jsonl").write_text("answers")
     (reports / "metrics.json").write_text(json.dumps({"loss": seed, "text": "left out"}))
 print(f"[{name}] done on {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
 '''
@@ -87,7 +98,7 @@ def _stage(name: str, deps: list[str], outs: list[str], metric: str | None = Non
 
 def pipeline() -> dict[str, Any]:
     """The toy's dvc.yaml."""
-    stages = {"prepare": _stage("prepare", [], []), "words": _stage("words", ["data/reports/prepare"], [])}
+    stages = {"prepare": _stage("prepare", [], ["data/clean"]), "words": _stage("words", ["data/reports/prepare"], [])}
     for name, need in (("base", "data/reports/prepare"), ("sft", "data/models/base")):
         outs = [f"data/models/{name}", f"data/reports/{name}/history.csv"]
         meta = {"torch": True, "register": name}
@@ -113,6 +124,36 @@ def pipeline() -> dict[str, Any]:
     return {"stages": stages}
 
 
+def methods() -> dict[str, Any]:
+    """The toy's methods/dvc.yaml."""
+    stages: dict[str, Any] = {}
+    for name, needs in (("extra", ["data/models/sft"]), ("told", ["data/models/sft", "data/clean/answers.jsonl"])):
+        outs = [f"data/models/{name}", f"data/reports/{name}/history.csv"]
+        stages[name] = _stage(name, needs, outs, params=["seed"], meta={"torch": True, "register": name}, wdir="..")
+    stages["evaluate_methods"] = {
+        "foreach": ["extra"],
+        "do": {
+            "wdir": "..",
+            "cmd": "python worker.py evaluate_methods ${item}",
+            "deps": ["data/models/${item}", "salt"],
+            "params": ["evaluate.samples"],
+            "metrics": ["data/reports/evaluate_methods/${item}/metrics.json"],
+            "meta": {"torch": True},
+        },
+    }
+    read = ["data/reports/evaluate", "data/reports/evaluate_methods"]
+    outs = ["data/reports/methods.md", "data/reports/methods.html"]
+    stages["report_methods"] = _stage("report_methods", read, outs, "data/reports/methods.json", wdir="..")
+    stages["register_methods"] = {
+        "wdir": "..",
+        "cmd": "python -m tasks.register_methods",
+        "deps": ["data/reports/methods.json", "data/models/extra", "data/models/told"],
+        "params": ["register"],
+        "outs": ["data/reports/complete_methods", {"data/reports/registry_methods.json": {"persist": True}}],
+    }
+    return {"vars": ["../params.yaml"], "stages": stages}
+
+
 def make_toy(root: Path) -> Project:
     """A new toy in an empty folder: our tasks and flows packages around the toy's stages."""
     for part in (*PARTS, "pyproject.toml"):
@@ -124,6 +165,9 @@ def make_toy(root: Path) -> Project:
             shutil.copy(source, target)
     toy = Project(root)
     toy.path("dvc.yaml").write_text(yaml.safe_dump(pipeline(), sort_keys=False))
+    toy.path("methods").mkdir(exist_ok=True)
+    toy.path("methods/dvc.yaml").write_text(yaml.safe_dump(methods(), sort_keys=False))
+    toy.path("methods/dvc.lock").unlink(missing_ok=True)
     toy.path("worker.py").write_text(WORKER)
     toy.path("salt").write_text("a")
     toy.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")

@@ -66,6 +66,7 @@ def tasks_of(server: str, flow_run: dict[str, Any]) -> dict[str, str]:
     return {task["name"]: task["state_name"] for task in found}
 
 
+FURTHER = {"extra", "told", "evaluate_methods@extra", "report_methods", "register_methods"}
 STAGES = {"prepare", "words", "base", "sft", "evaluate@base", "evaluate@sft", "report", "register"}
 
 
@@ -81,18 +82,39 @@ def test_the_whole_pipeline_then_all_cached(toy: Project, server: str) -> None:
     assert artifact["key"] == "comparison" and artifact["data"] == toy.path("data/reports/report.md").read_text()
     logs = [log["message"] for log in ask_server(server, "logs", logs={"flow_run_id": {"any_": [first["id"]]}})]
     assert "[sft] done on None" in logs
-    assert run(toy, "-m", "dvc", "status").stdout.strip().endswith("up to date.")
-    check_the_chart_was_live(toy)
+    assert run(toy, "-m", "dvc", "status", "dvc.yaml").stdout.strip().endswith("up to date.")
+    assert not toy.path("methods/dvc.lock").exists()
+    check_the_chart_was_live(toy, "sft")
 
     again = flow(toy, server)
     assert again.returncode == 0, again.stdout
     assert tasks_of(server, last_flow(server)) == dict.fromkeys(STAGES, "Cached")
 
 
-def check_the_chart_was_live(toy: Project) -> None:
-    """One run of `sft`, logged while it trained and adopted by `register`."""
+@pytest.mark.slow
+def test_further_methods_come_with_a_flag_or_by_name(toy: Project, server: str) -> None:
+    knobs(toy, step_seconds=1.0)
+    done = flow(toy, server, "--methods")
+    assert done.returncode == 0, done.stdout
+    assert "| extra | 1 |" in done.stdout and "data/reports/methods.html" in done.stdout
+    first = last_flow(server)
+    assert tasks_of(server, first) == dict.fromkeys(STAGES | FURTHER, "Completed")
+    (artifact,) = ask_server(server, "artifacts", flow_runs={"id": {"any_": [first["id"]]}})
+    assert artifact["data"] == toy.path("data/reports/methods.md").read_text()
+    assert run(toy, "-m", "dvc", "status").stdout.strip().endswith("up to date.")
+    check_the_chart_was_live(toy, "extra")
+
+    assert flow(toy, server).returncode == 0
+    assert tasks_of(server, last_flow(server)) == dict.fromkeys(STAGES, "Cached")
+    toy.set(seed=1)
+    assert flow(toy, server, "--only", "extra", "evaluate_methods").returncode == 0
+    assert tasks_of(server, last_flow(server)) == {"extra": "Completed", "evaluate_methods@extra": "Cached"}
+
+
+def check_the_chart_was_live(toy: Project, stage: str) -> None:
+    """One run of the stage, logged while it trained and adopted when it was registered."""
     own = mlflow.MlflowClient(f"sqlite:///{toy.root / 'mlflow.db'}")
-    (found,) = own.search_runs([own.get_experiment_by_name("apprentice").experiment_id], "tags.`dvc.stage` = 'sft'")
+    (found,) = own.search_runs([own.get_experiment_by_name("apprentice").experiment_id], f"tags.`dvc.stage` = '{stage}'")
     assert "dvc.md5" in found.data.tags
     curve = own.get_metric_history(found.info.run_id, "curve/loss")
     assert [metric.step for metric in curve] == [1, 2, 3, 4, 5]
@@ -189,8 +211,9 @@ def test_wrong_params_are_named_before_anything_starts(toy: Project, change: dic
     assert done.stdout.strip().splitlines() == [f"ParamsError: {said}"]
 
 
-def test_a_broken_pipeline_file_is_one_line(toy: Project) -> None:
-    toy.path("dvc.yaml").write_text("stages: {sft: {cmd: [}}")
+@pytest.mark.parametrize("file", ["dvc.yaml", "methods/dvc.yaml"])
+def test_a_broken_pipeline_file_is_one_line(toy: Project, file: str) -> None:
+    toy.path(file).write_text("stages: {sft: {cmd: [}}")
     done = run(toy, "-m", "flows.align")
     assert done.returncode == 2 and done.stdout.startswith("PlanError: DVC cannot read the pipeline")
 

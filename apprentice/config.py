@@ -3,6 +3,7 @@
 Every value is written once, in params.yaml; no default stands in the code.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,6 +77,14 @@ def _check_together(params: Params) -> None:
     for name in ("base", "sft"):
         if name not in evaluate.models:
             raise ParamsError(f"evaluate.models: expected {name!r} among them, got {evaluate.models}")
+    for field in dataclasses.fields(params):
+        section = getattr(params, field.name)
+        if getattr(section, "select", None) == "gate" and not getattr(section, "gate_prompts", 0):
+            raise ParamsError(
+                f"{field.name}.select: 'gate' needs {field.name}.gate_prompts above 0; choose last or held_out_loss"
+            )
+    if not evaluate.temperatures:
+        raise ParamsError("evaluate.temperatures: expected at least one temperature, got none")
     if params.perstep.values == "calculator" and params.perstep.variant == "shared_prefix":
         raise ParamsError("perstep.variant: shared_prefix takes its right steps from completions; set perstep.values: rollouts")
     if params.rescore.reward == "verifier" and params.rescore.labels != "answers":

@@ -3,30 +3,16 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from apprentice.optimise import Optimiser, linear_decay
 from apprentice.policy import weights
 from apprentice.recorder import Recorder, State
+from apprentice.sections import EpochsConfig
 
 Figures = dict[str, float]
-
-
-class EpochsConfig(Protocol):
-    """The entries of params.yaml that such a training has."""
-
-    @property
-    def epochs(self) -> int: ...  # noqa: D102
-    @property
-    def batch_size(self) -> int: ...  # noqa: D102
-    @property
-    def learning_rate(self) -> float: ...  # noqa: D102
-    @property
-    def warmup_share(self) -> float: ...  # noqa: D102
-    @property
-    def max_grad_norm(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -68,9 +54,8 @@ def train_epochs(
         raise ValueError(f"train_epochs: expected at least one row to train on, got {size}")
     batches = -(-size // config.batch_size)
     total = config.epochs * batches
-    decay = getattr(config, "weight_decay", 0.0)
     schedule = linear_decay(total, config.warmup_share)
-    optimiser = Optimiser(model.parameters(), config.learning_rate, config.max_grad_norm, schedule, decay)
+    optimiser = Optimiser(model.parameters(), config.learning_rate, config.max_grad_norm, schedule, config.weight_decay)
     start, kept = 0, config.epochs
     tail, measured, best = list[Figures](), list[Figures](), dict[str, Any]()
     if saved := recorder.resume():

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apprentice.calibration import flip_rate, pair_accuracy
 from apprentice.compute import CPU, Compute
 from apprentice.demonstrations import Message, Prompt
-from apprentice.epochs import EpochsConfig, Figures, Trained, train_epochs
+from apprentice.epochs import Figures, Trained, train_epochs
 from apprentice.recorder import Recorder
 from apprentice.rewards import ranker_reward
+from apprentice.sections import EpochsConfig
 from apprentice.tokens import JUDGEMENTS, encode_responses
 
 QUESTION = "Is the first answer better than the second? Reply yes or no."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from apprentice.schema import Count, NotNegative, Positive, Range, Share
-from apprentice.sections import FineTuningConfig, GatedConfig, PPOConfig, PreferenceConfig, SRPPOConfig
+from apprentice.sections import EpochsConfig, FineTuningConfig, GatedConfig, PPOConfig, PreferenceConfig, SRPPOConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PerStepConfig(PreferenceConfig):
 
 
 @dataclass(frozen=True)
-class RewardModelConfig:
+class RewardModelConfig(EpochsConfig):
     """Training of a reward model on pairs. `labels` names the one table it may read besides the demonstrations.
 
     prompts: demonstrations over own samples; answers: right candidates over wrong ones; preferences: the labelled pairs.
@@ -68,11 +68,6 @@ class RewardModelConfig:
 
     labels: Literal["prompts", "answers", "preferences"]
     samples: Count
-    epochs: Count
-    batch_size: Count
-    learning_rate: Positive
-    warmup_share: Share
-    max_grad_norm: Positive
     max_new_tokens: Count
 
 
@@ -106,7 +101,7 @@ class RescoreConfig:
 
 
 @dataclass(frozen=True)
-class CoPGConfig:
+class CoPGConfig(EpochsConfig):
     """Contrastive policy gradient (2406.19185) on scored candidates, `group` samples of a prompt at a time.
 
     candidates: those of `pairs` (self-reward) or `rescored`. signs: only which of two rewards is higher counts, as +-1/4:
@@ -117,11 +112,6 @@ class CoPGConfig:
     signs: bool
     group: Annotated[int, Range(2)]
     beta: NotNegative
-    epochs: Count
-    batch_size: Count
-    learning_rate: Positive
-    warmup_share: Share
-    max_grad_norm: Positive
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from apprentice.calibration import pair_accuracy
 from apprentice.compute import CPU, Compute
-from apprentice.epochs import EpochsConfig, Figures, Trained, train_epochs
+from apprentice.epochs import Figures, Trained, train_epochs
 from apprentice.judge import PreferencePair, in_micro_batches, ranking_loss
 from apprentice.policy import checkpoint_arguments
 from apprentice.recorder import Recorder
+from apprentice.sections import EpochsConfig
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
 
 _HEAD = "score.weight"

@@ -101,17 +101,23 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class FineTuningConfig:
-    """Any fine-tuning on responses; `select` keeps the last epoch, the one of lowest held-out loss, or the last one whose gate
-    holds (the label-free gate of `sft`, at least one half)."""
+class EpochsConfig:
+    """Any training from a fixed table: how often, how many rows a step, and the optimiser's entries."""
 
     epochs: Count
-    select: Literal["last", "held_out_loss", "gate"]
     batch_size: Count
     learning_rate: Positive
     warmup_share: Share
     weight_decay: NotNegative
     max_grad_norm: Positive
+
+
+@dataclass(frozen=True)
+class FineTuningConfig(EpochsConfig):
+    """Any fine-tuning on responses; `select` keeps the last epoch, the one of lowest held-out loss, or the last one whose gate
+    holds (the label-free gate of `sft`, at least one half)."""
+
+    select: Literal["last", "held_out_loss", "gate"]
 
 
 @dataclass(frozen=True)
@@ -190,16 +196,11 @@ class PairsConfig:
 
 
 @dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(EpochsConfig):
     """Preference optimisation on pairs; `gamma` is the slope of the classifier (TRL's beta)."""
 
     loss: Literal["sigmoid_norm", "hinge_norm", "hinge", "ipo"]
     gamma: Positive
-    epochs: Count
-    batch_size: Count
-    learning_rate: Positive
-    warmup_share: Share
-    max_grad_norm: Positive
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,12 @@ def complete(
     seed: str,
     compute: Compute,
 ) -> dict[Prefix, Completed]:
-    """Sample `config.completions` completions of every prefix of the attempts, equal prefixes once, in one call."""
+    """Sample `config.completions` completions of every prefix of the attempts, equal prefixes once, in one call.
+
+    One that takes the response past `config.max_new_tokens` never ended, as a response of that length would not have.
+    """
+    if not attempts:
+        return {}
     prompts = {attempt.key: attempt.prompt for attempt in attempts}
     prefixes = list(dict.fromkeys(prefix for attempt in attempts for prefix in attempt.prefixes()))
     requests = [
@@ -125,11 +130,12 @@ def complete(
         temperature=config.temperature,
         compute=compute,
     )
-    found, ended = rollout.response_ids(), rollout.ended.tolist()
+    found = rollout.response_ids()
     result = {}
     for place, (key, so_far) in enumerate(prefixes):
-        drawn = range(place * config.completions, (place + 1) * config.completions)
-        right = [found[row] for row in drawn if ended[row] and verify(key, [*so_far, *found[row]])]
+        own = found[place * config.completions : (place + 1) * config.completions]
+        room = config.max_new_tokens - len(so_far)  # a completion that ended in time is shorter: its end token counts
+        right = [ids for ids in own if len(ids) < room and verify(key, [*so_far, *ids])]
         result[key, so_far] = Completed(len(right) / config.completions, right)
     return result
 
@@ -198,7 +204,7 @@ def shared_prefix_pairs(
 ) -> tuple[StepPairs, Counter[str]]:
     """The first step of a right completion over the pit step, after the same prefix, which stands in the prompt of both.
 
-    Counts the wrong attempts left out because no completion of that prefix was right.
+    Counts the wrong attempts left out because no completion of that prefix was right, or all such took the pit step too.
     """
     pairs, dropped = StepPairs([], [], []), Counter[str]()
     for attempt, row in zip(attempts, values, strict=True):
@@ -206,25 +212,31 @@ def shared_prefix_pairs(
             continue
         pit = first_pit(row)
         before = attempt.prefix(pit - 1)
-        right = completed[before].right
-        if not right:
-            dropped["no_right_completion"] += 1
+        rejected = attempt.response[len(before[1]) : attempt.ends[pit - 1]]
+        steps = [_first_step(ids, separators, end) for ids in completed[before].right]
+        chosen = next((step for step in steps if step != rejected), None)
+        if chosen is None:
+            dropped["same_step" if steps else "no_right_completion"] += 1
             continue
-        whole, start = right[0], len(before[1])
-        stop = step_ends(whole, separators)[0]
         pairs.prompts.append([*attempt.prompt, *before[1]])
-        pairs.chosen.append(whole[:stop] if stop < len(whole) else [*whole, end])
-        pairs.rejected.append(attempt.response[start : attempt.ends[pit - 1]])
+        pairs.chosen.append(chosen)
+        pairs.rejected.append(rejected)
     return pairs, dropped
+
+
+def _first_step(response: Ids, separators: frozenset[int], end: int) -> Ids:
+    """The tokens of the first step, the end token included where it is the last."""
+    stop = step_ends(response, separators)[0]
+    return response[:stop] if stop < len(response) else [*response, end]
 
 
 def advantage_weights(
     attempts: Sequence[Attempt], values: Sequence[Sequence[float]], beta: float, max_weight: float, end: int
 ) -> StepWeights:
     """Every attempt, each step's tokens weighted by exp(A_i / beta), at most `max_weight`; the end token with the last step."""
-    result = StepWeights([], [], [])
+    result, limit = StepWeights([], [], []), math.log(max_weight)
     for attempt, row in zip(attempts, values, strict=True):
-        steps = [min(math.exp(advantage / beta), max_weight) for advantage in step_advantages(row)]
+        steps = [math.exp(min(advantage / beta, limit)) for advantage in step_advantages(row)]
         sizes = [stop - start for start, stop in zip([0, *attempt.ends], attempt.ends, strict=False)]
         weights = [weight for weight, size in zip(steps, sizes, strict=True) for _ in range(size)]
         result.prompts.append(attempt.prompt)

@@ -4,6 +4,7 @@ The token-wise form of the tilt that Self-Rewarding PPO converges to (with w = 1
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,14 +54,20 @@ class Tilt(nn.Module):
         return SimpleNamespace(logits=(1 + self.weight) * target - self.weight * baseline)
 
 
-def write_tilt(folder: Path, target: Path, baseline: Path, weight: float) -> None:
-    """Write a model folder that names two others, siblings of it, and the weight."""
+def write_tilt(folder: Path, target: Path, baseline: Path, weight: float, hashes: Mapping[str, str]) -> None:
+    """Write a model folder that names two others, siblings of it, with `hashes` of their weights, and the weight."""
     with atomic_write(folder / FILE) as file:
-        json.dump({"target": target.name, "baseline": baseline.name, "weight": weight}, file)
+        json.dump({"target": target.name, "baseline": baseline.name, "weight": weight, "made_from": dict(hashes)}, file)
+
+
+def read_tilt(folder: Path) -> dict[str, Any]:
+    """What `write_tilt` wrote: target, baseline, weight, made_from."""
+    said: dict[str, Any] = json.loads((folder / FILE).read_text())
+    return said
 
 
 def load_tilt(folder: Path, compute: Compute = CPU) -> Tilt:
-    """Load what `write_tilt` wrote."""
-    said = json.loads((folder / FILE).read_text())
+    """Load both models and tilt them."""
+    said = read_tilt(folder)
     target, baseline = (load_policy(folder.parent / said[name], compute) for name in ("target", "baseline"))
     return Tilt(target, baseline, said["weight"])

@@ -25,11 +25,6 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# What a tokenizer without a template amounts to in `encode_prompts`.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{{ message.content }}"
-    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
-)
 _MARK = "\ue000"  # a private-use character that stands for a content while its template is rendered
 
 

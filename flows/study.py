@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
         print("Stopped, training included. The same command goes on from here.", file=sys.stderr)
         return 130
     if not state.is_completed():
-        print(f"\n{state.message} What is done stands: mend and run the same command again.", file=sys.stderr)
+        print(f"\n{state.message}\nWhat is done stands: mend and run the same command again.", file=sys.stderr)
         return 1
     print(f"\n{headline(published())}")
     return 0

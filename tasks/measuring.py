@@ -22,7 +22,7 @@ from apprentice.evaluation import (
 from apprentice.policy import decode_responses
 from apprentice.sampling import Rollout
 from apprentice.tilt import FILE as TILT
-from apprentice.tilt import Tilt, load_tilt
+from apprentice.tilt import Tilt, load_tilt, read_tilt
 from apprentice.tokens import encode_prompts
 from apprentice.verifiers import verify
 from tasks.checkpoints import batch_of, compute_of, model_folder, prompt_keys, scorers_of, table, tokenizer_of
@@ -57,7 +57,7 @@ def measured(stage: Stage, name: str, compute: Compute) -> Measured:
     """A model of the pipeline, frozen, as it is measured."""
     folder = model_folder(stage, name)
     if (folder / TILT).exists():
-        return Measured(load_tilt(folder, compute), tokenizer_of(stage, "sft"))
+        return Measured(load_tilt(folder, compute), tokenizer_of(stage, read_tilt(folder)["target"]))
     return Measured(scorers_of(stage, [name], compute)[name], tokenizer_of(stage, name))
 
 

@@ -65,7 +65,20 @@ def ppo_stage(
     stage.say(f"stopped by {result['stopped_by']} after {result['iterations']} iterations")
     metrics = {name: round(v, 6) if isinstance(v, float) else v for name, v in result.items()}
     stage.metrics(metrics)
-    save_model(stage, stage.name, policy, tokenizer, list(dict.fromkeys([config.init, *names])), metrics)
+    parents = list(dict.fromkeys([config.init, *roles, config.kl_anchor, config.critic_init]))
+    save_model(stage, stage.name, policy, tokenizer, parents, metrics)
+
+
+def self_rewarding_stage(stage: Stage) -> None:
+    """PPO on the self-reward of the section's target and baseline."""
+    from apprentice.srppo import SelfReward
+
+    config = stage.config
+    ppo_stage(
+        stage,
+        lambda setting: SelfReward(config, setting.prompts),
+        roles=(config.reward_target, config.reward_baseline),
+    )
 
 
 def with_answers(stage: Stage, check: Check) -> "list[Demonstration]":

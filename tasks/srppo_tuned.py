@@ -5,15 +5,9 @@ from tasks.stage import Stage, run
 
 def main(stage: Stage) -> None:
     """Write data/models/srppo_tuned, its history and metrics."""
-    from apprentice.srppo import SelfReward
-    from tasks.ppo_training import ppo_stage
+    from tasks.ppo_training import self_rewarding_stage
 
-    config = stage.config
-    ppo_stage(
-        stage,
-        lambda setting: SelfReward(config, setting.prompts),
-        roles=(config.reward_target, config.reward_baseline),
-    )
+    self_rewarding_stage(stage)
 
 
 run(__name__, main, __doc__)

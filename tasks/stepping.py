@@ -48,6 +48,8 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
 
     drawn = {"end": tokenizer.eos_token_id, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     rows = pick_prompts(with_answers(stage, check), config.prompts, stage.params.seed)
+    if not rows:
+        raise StageError("perstep: no prompt of the pool has an answer. Give some of them one, or leave this method out")
     stage.say(f"{config.negatives} responses to each of {len(rows)} prompts, values by {config.values}")
     rollout = sample(
         policy, requests_of(rows, tokenizer, config.negatives), seed=f"{stage.params.seed}/perstep", compute=compute, **drawn
@@ -73,7 +75,7 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
 def _values(attempt: Attempt, completed: Mapping[Prefix, Completed], config: PerStepConfig, tokenizer: Any) -> list[float]:
     """Values of an attempt's steps, by completions or by the calculator annotations in each step's text.
 
-    None for a right response that no variant learns from step by step.
+    Empty for a right response whose steps the variant does not ask about.
     """
     if config.values == "rollouts":
         skipped = attempt.right and config.variant != "advantage_weighted"
@@ -88,7 +90,7 @@ def _figures(attempts: list[Attempt], values: list[list[float]]) -> dict[str, fl
     return {
         "responses": float(len(attempts)),
         "wrong": float(len(wrong)),
-        "unsplit_share": round(fmean(len(row.ends) == 1 for row in attempts), 6),
+        "unsplit_share": round(fmean(len(row.ends) == 1 for row in attempts), 6) if attempts else 0.0,
         "prompt_value": round(fmean(value[0] for _, value in wrong), 6) if wrong else 0.0,
         "pit_position": round(fmean(first_pit(value) / len(row.ends) for row, value in wrong), 6) if wrong else 0.0,
     }
@@ -102,6 +104,6 @@ def as_weights(config: PerStepConfig) -> FineTuningConfig:
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         warmup_share=config.warmup_share,
-        weight_decay=0.0,
+        weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )

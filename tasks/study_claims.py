@@ -110,11 +110,10 @@ def _gaps(claim: Claim, figures: Figures, seed: int) -> list[str]:
 
 def document(judged: Sequence[tuple[Claim, dict[str, Any]]], seeds: int, claims_at: str) -> str:
     """The whole of claims.md; `claims_at` says which claims.yaml was tested."""
-    words = {HOLDS: "hold", FAILS: "do not hold", OPEN: "are not settled"}
-    counts = [f"{sum(one['verdict'] == found for _, one in judged)} {word}" for found, word in words.items()]
+    counts = [f"{word} {sum(one['verdict'] == word for _, one in judged)}" for word in (HOLDS, FAILS, OPEN)]
     parts = [
         "# Claims of the papers, tested here",
-        f"Of {len(judged)} claims {', '.join(counts)}.",
+        f"{len(judged)} claims: {', '.join(counts)}.",
         f"`{command(seeds)}`; claims, tests and runs were written down first, in `study/claims.yaml` ({claims_at}). The "
         "published figures are on other tasks and models: only the direction is tested. Effects are in points, of rewards in "
         "nats, with 95% intervals, Student's t over seeds.",

@@ -107,7 +107,8 @@ def _means(files: Files, model: str, params: Params) -> Metrics:
 def _numbers(metrics: dict[str, Any]) -> Metrics:
     """The numbers of a metrics.json; of one with an interval the mean."""
     plain = {name: value.get("mean") if isinstance(value, dict) else value for name, value in metrics.items()}
-    return {name: _rounded(value) for name, value in plain.items() if isinstance(value, int | float)}
+    found = {name: value for name, value in plain.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {name: _rounded(value) for name, value in found.items()}
 
 
 def _rounded(value: float) -> float:

@@ -104,6 +104,17 @@ def split(name: str) -> tuple[str, str]:
     return (run, model) if colon else (MAIN, name)
 
 
+def check_named(study: Study, params: Params, stages: Iterable[str]) -> None:
+    """Raise StudyError for a claim or plot that asks a run for a model it does not measure; the main run has stages too."""
+    asked = [(f"claim {claim.claim!r}", *split(name)) for claim in study.claims for name in claim.effect]
+    asked += [(f"plot {plot.name}", run, model) for plot in study.plots for run in plot.runs for model in plot.models or ()]
+    known = {name: set(measured(run, params)) for name, run in study.runs.items()}
+    known[MAIN].update(stages)
+    for where, run, model in asked:
+        if model not in known[run]:
+            raise StudyError(f"claims.yaml: {where} needs {model!r} of the run {run}, which does not measure it")
+
+
 def _expect(raw: Any, what: str, keys: set[str], optional: Iterable[str] = ()) -> None:
     if not isinstance(raw, dict) or not keys <= set(raw) <= keys | set(optional):
         found = sorted(raw) if isinstance(raw, dict) else raw
@@ -176,10 +187,16 @@ def with_changes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     """A copy of parsed params with entries such as {"crlft.weights.mixed": 1.0} set; one that is not there is refused."""
     params = dict(raw)
     for key, value in changes.items():
-        name, _, rest = key.partition(".")
-        if name not in params or (rest and not isinstance(params[name], dict)):
+        *sections, last = key.split(".")
+        place: Any = params
+        for name in sections:
+            if not isinstance(place.get(name), dict):
+                raise StudyError(f"claims.yaml sets {key!r}, which params.yaml does not have")
+            place[name] = dict(place[name])
+            place = place[name]
+        if last not in place:
             raise StudyError(f"claims.yaml sets {key!r}, which params.yaml does not have")
-        params[name] = with_changes(params[name], {rest: value}) if rest else value
+        place[last] = value
     return params
 
 

@@ -194,7 +194,10 @@ class Workspace:
 
 @contextmanager
 def workspace(experiments: Experiments) -> Iterator[Workspace]:
-    """A fresh clone of HEAD, removed at the end; one study of a project at a time has it."""
+    """A fresh clone of HEAD, removed at the end; one study of a project at a time has it.
+
+    Raises StudyError when another one is running, or one that was killed left something running.
+    """
     place = ROOT / ".dvc" / "tmp" / "study"
     place.mkdir(parents=True, exist_ok=True)
     root = place / "workspace"
@@ -203,12 +206,27 @@ def workspace(experiments: Experiments) -> Iterator[Workspace]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StudyError("another study is running in this project: wait for its end, or stop it") from error
-        shutil.rmtree(root, ignore_errors=True)  # left by one that was killed
+        if left := processes_in(root):
+            raise StudyError(f"a study that was killed left processes behind; end them first: kill {' '.join(map(str, left))}")
+        shutil.rmtree(root, ignore_errors=True)
         _clone(root, experiments.head)
         try:
             yield Workspace(root, experiments)
         finally:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Ids of the processes that work inside a folder, where /proc tells."""
+    found = []
+    for link in process.PROC.glob("[0-9]*/cwd"):
+        try:
+            inside = Path(os.readlink(link)).is_relative_to(folder)
+        except OSError:  # gone by now, or another user's
+            continue
+        if inside:
+            found.append(int(link.parent.name))
+    return sorted(found)
 
 
 def _clone(root: Path, commit: str) -> None:

@@ -7,10 +7,11 @@ from datetime import timedelta
 
 from apprentice.config import Params
 from tasks import process
+from tasks.dvcstage import read_stages
 from tasks.slots import Slots, slots_of
 from tasks.stage import read_params
 from tasks.study_figures import collect, write_figures
-from tasks.study_plan import Job, StudyError, jobs_of, params_of, read_study
+from tasks.study_plan import Job, StudyError, check_named, jobs_of, params_of, read_study
 from tasks.study_runs import Experiments, RunFailed, Workspace, refuse_uncommitted
 
 
@@ -73,6 +74,7 @@ def prepare(seeds: int, runs: Sequence[str] = (), jobs: int | None = None) -> Se
         raise StudyError(f"expected at least one seed and one job, got --seeds {seeds} and --jobs {jobs}")
     study, params = read_study(), read_params()
     refuse_uncommitted()
+    check_named(study, params, (stage.name for stage in read_stages()))
     experiments = Experiments(params)
     asked = jobs_of(study, seeds, runs)
     for job in asked:

@@ -197,6 +197,7 @@ def copg_config(**changes: Any) -> CoPGConfig:
         batch_size=3,
         learning_rate=5e-3,
         warmup_share=0.1,
+        weight_decay=0.0,
         max_grad_norm=1.0,
     )
     return dataclasses.replace(config, **changes)

@@ -241,7 +241,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "models").mkdir()
     for name, seed in (("sft", 5), ("base", 6)):
         save_policy(model(seed), tokenizer, tmp_path / "models" / name, "# card\n")
-    write_tilt(tmp_path / "models" / "tilt", tmp_path / "models" / "sft", tmp_path / "models" / "base", 0.75)
+    write_tilt(tmp_path / "models" / "tilt", tmp_path / "models" / "sft", tmp_path / "models" / "base", 0.75, {})
     return tmp_path / "models"
 
 

@@ -248,6 +248,7 @@ def rso_config(**changes: Any) -> RSOConfig:
         batch_size=4,
         learning_rate=5e-3,
         warmup_share=0.1,
+        weight_decay=0.0,
         max_grad_norm=1.0,
     )
     return dataclasses.replace(config, **changes)

@@ -68,9 +68,10 @@ def test_without_any_pair_the_stage_stops_with_advice(stage: Stage) -> None:
 
 
 def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> None:
-    judge = tiny_llama(4, vocab=len(words()), hidden_size=32, intermediate_size=64)
+    judge, trunk = (tiny_llama(seed, vocab=len(words()), hidden_size=32, intermediate_size=64) for seed in (4, 5))
     write_model(stage.data, "judge", judge)
-    reward = new_reward_model(stage.data / "models" / "sft")
+    write_model(stage.data, "trunk", trunk)
+    reward = new_reward_model(stage.data / "models" / "trunk")
     nn.init.normal_(reward.score.weight, generator=torch.Generator().manual_seed(0))
     write_model(stage.data, "bt_reward", reward)
     pairs = [(f"row {i}", PreferencePair(f"{'p ' * i}q", "x", "y y", "long")) for i in range(12)]
@@ -78,7 +79,7 @@ def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> No
     assert [row["id"] for row in rows] == [name for name, _ in pairs]
     assert {row["domain"] for row in rows} == {"long"}
     assert 0 < sum(row["first_is_right"] for row in rows) < 12  # a coin
-    assert len({round(row["judge"], 3) for row in rows}) > 6
+    assert all(len({round(row[name], 3) for row in rows}) > 6 for name in ("judge", "bt_reward"))
 
     def judged(prompt: str, first: str, second: str) -> float:
         """The logit of yes less that of no, one question at a time."""

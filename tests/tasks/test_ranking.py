@@ -110,4 +110,5 @@ def test_the_reward_model_is_loaded_frozen(stage_of: StageOf, tmp_path: Path) ->
     write_model(tmp_path / "data", "bt_reward", model)
     loaded, batch = reward_model_of(stage_of("bt_ppo"), CPU), collate([[1], [2, 3]], [[3], [4, 5]], 0)
     assert torch.equal(bt_rewards(loaded, batch), bt_rewards(model, batch).detach())
+    assert hash_of(loaded) == hash_of(model)
     assert frozen(loaded)

@@ -1,0 +1,134 @@
+"""Figures and tokens, worked by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apprentice.config import Params
+from tasks.dvcstage import StageInfo
+from tasks.study_figures import figures_of, read_figures, write_figures
+from tasks.study_plan import Job, Run, StudyError
+from tasks.study_tokens import stage_tokens, trained_behind
+
+EPOCHS = [{"step": "1", "epoch": "1"}, {"step": "2", "epoch": "2"}]
+PROMPTS = """id,domain,greedy_accuracy,length,held_out_loss
+a,in_domain,1,10,
+b,in_domain,0,14,
+c,out_of_domain_pool,1,,
+d,out_of_domain_unseen,0,,
+e,out_of_domain_unseen,0,,
+f,long,1,,
+g,validation,,,0.5
+"""
+
+
+def stage(name: str, deps: list[str], outs: list[str]) -> StageInfo:
+    reports = [f"data/reports/{name}/{file}" for file in ("metrics.json", "history.csv")]
+    return StageInfo(name, "dvc.yaml", (), tuple(deps), (*outs, *reports))
+
+
+STAGES = [
+    stage("pretrain", [], ["data/models/base"]),
+    stage("sft", ["data/models/base"], ["data/models/sft"]),
+    stage("pairs", ["data/models/sft"], ["data/pairs"]),
+    stage("srppo", ["data/models/sft"], ["data/models/srppo"]),
+    stage("rso", ["data/pairs", "data/models/sft", "data/reports/srppo/history.csv"], ["data/models/rso"]),
+]
+
+
+class Fakes:
+    """What Files does, from a dict."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.files = files
+
+    def text(self, path: str) -> str:
+        return self.files[path]
+
+    def history(self, stage: StageInfo) -> list[dict[str, str]]:
+        return EPOCHS
+
+
+def experiment(params: Params) -> Any:
+    files = {f"data/reports/evaluate/{model}/prompts.csv": PROMPTS for model in params.evaluate.models}
+    files |= {f"data/reports/{one.name}/metrics.json": "{}" for one in STAGES}
+    files["data/reports/sft/metrics.json"] = '{"rows": 5, "gate": {"mean": 0.75, "low": 0.5, "high": 1.0}, "kept": true}'
+    files["data/reports/rso/metrics.json"] = '{"pairs": 3}'
+    files["data/reports/calibration/metrics.json"] = '{"judge_accuracy": 0.5, "note": "text"}'
+    return Fakes(files)
+
+
+@pytest.fixture
+def own(params: Callable[..., Params]) -> Params:
+    models = {"evaluate.models": ["base", "sft", "rso"], "evaluate_methods.models": []}
+    return params(**models, **{"report.baselines": ["sft"], "pairs.prompts": 7, "pairs.candidates": 2, "pairs.accepted": 2})
+
+
+def test_figures_are_means_over_prompts_with_the_stages_own(own: Params) -> None:
+    found = figures_of(Job(Run("a", {}, ("sft",), None), 0), own, STAGES, experiment(own))
+    assert found == {
+        "sft": {
+            "in_domain/greedy_accuracy": 0.5,
+            "in_domain/length": 12.0,
+            "out_of_domain/greedy_accuracy": 0.333333,
+            "validation/held_out_loss": 0.5,
+            "rows": 5.0,
+            "gate": 0.75,
+        }
+    }
+
+
+def test_the_main_run_has_every_stage_and_what_models_cost(own: Params) -> None:
+    stages = [*STAGES, stage("calibration", ["data/models/rso"], [])]
+    found = figures_of(Job(Run("main", {}, None, None), 0), own, stages, experiment(own))
+    assert found["calibration"] == {"judge_accuracy": 0.5}
+    # L = 12; sft: 2 epochs x 5 rows; pairs: 7 x 2 draws; rso: 2 epochs x 2 x 3 pairs; srppo only lent its history
+    assert [found[model]["tokens"] for model in ("base", "sft", "rso")] == [0.0, 120.0, 12.0 * (10 + 14 + 12)]
+
+
+def test_made_from_goes_by_models_and_pairs() -> None:
+    assert trained_behind("rso", STAGES) == ["pairs", "pretrain", "rso", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "tokens"),
+    [
+        ("sft", {"rows": 5}, 2 * 5 * 10),
+        ("continued_sft", {"rows": 5}, 2 * 5 * 10),
+        ("rso", {"pairs": 3}, 2 * 2 * 3 * 10),
+        ("judge", {"pairs": 3}, (2 * 4 * 3 + 3) * 10),
+        ("bt_reward", {"pairs": 3}, (2 * 2 * 3 + 3) * 10),
+        ("copg", {"groups": 3}, 2 * 3 * 4 * 10),
+        ("perstep", {"pairs": 3, "responses": 8, "completions": 6}, (2 * 2 * 3 + 8 + 3) * 10),
+        ("perstep", {"rows": 3, "responses": 8, "completions": 6}, (2 * 3 + 8 + 3) * 10),
+        ("tilt", {}, 0),
+        ("sft", {}, None),
+    ],
+)
+def test_tokens_of_a_stage_by_hand(params: Callable[..., Params], name: str, metrics: dict[str, float], tokens: float) -> None:
+    own = params(**{"copg.group": 4, "judge.labels": "prompts", "bt_reward.labels": "prompts"})
+    assert stage_tokens(name, getattr(own, name), metrics, EPOCHS, 10.0) == tokens
+
+
+def test_tokens_of_ppo_are_drawn_once_and_trained_on_by_epoch(params: Callable[..., Params]) -> None:
+    own = params(**{"srppo.batch_size": 8, "srppo.epochs": 2})
+    assert stage_tokens("srppo", own.srppo, {}, [{"length": "10"}, {"length": "12.5"}], 99.0) == 22.5 * 8 * 3
+
+
+def test_tokens_of_an_unknown_kind_are_refused(params: Callable[..., Params]) -> None:
+    with pytest.raises(StudyError, match="EvaluateConfig is not in the table"):
+        stage_tokens("evaluate", params().evaluate, {}, EPOCHS, 1.0)
+
+
+def test_figures_are_read_back_as_written(tmp_path: Path) -> None:
+    figures = {
+        "main": {"0": {"sft": {"a": 0.5, "b": 1.0}, "rso": {}}, "1": {"sft": {"a": 0.25}}},
+        "x": {"0": {"sft": {"a": 1e-6}}},
+    }
+    write_figures(figures, tmp_path / "figures.json")
+    assert read_figures(tmp_path / "figures.json") == figures
+    assert '\n  "sft": {"a": 0.25}\n' in (tmp_path / "figures.json").read_text()
+    with pytest.raises(StudyError, match=r"flows\.study"):
+        read_figures(tmp_path / "none.json")

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 _ANNOTATION = re.compile(r"<<(.*?)>>")
 _TOKEN = re.compile(r"\s*(?:(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)|(?P<sign>[-+*/()%]))\s*")
+_RESULT = re.compile(r"\s*[-+]?[\d,]*(?:\.(?P<decimals>\d*))?(?P<percent>%?)\s*")
 _LEVELS: tuple[dict[str, Callable[[Fraction, Fraction], Fraction]], ...] = (
     {"+": operator.add, "-": operator.sub},
     {"*": operator.mul, "/": operator.truediv},
@@ -17,20 +18,24 @@ _DEEPEST = 50  # nested brackets and signs
 def calculator_steps(solution: str) -> list[bool]:
     """Per line of a solution, whether each of its annotations `<<expression=result>>` is right; a line without one is.
 
-    A result may be rounded or cut to the decimals it is written with; a malformed annotation is wrong.
+    A result may be rounded or cut to the decimals it is written with; a malformed annotation, or a
+    result that is no plain number, is wrong.
     """
     return [all(map(_holds, _ANNOTATION.findall(line))) for line in solution.splitlines()]
 
 
 def _holds(annotation: str) -> bool:
-    expression, equals, result = annotation.rpartition("=")
+    expression, _, result = annotation.rpartition("=")
     try:
         exact, written = evaluate(expression), evaluate(result)
     except (ValueError, ZeroDivisionError):
         return False
-    unit = Fraction(1, 10 ** len(result.strip().rpartition(".")[2])) if "." in result else Fraction(0)
-    cut = 0 <= abs(exact) - abs(written) < unit
-    return bool(equals) and (exact == written or cut or abs(exact - written) <= unit / 2)
+    shape = _RESULT.fullmatch(result)
+    if exact == written or shape is None or not shape["decimals"]:
+        return exact == written and shape is not None
+    unit = Fraction(1, 10 ** len(shape["decimals"]) * (100 if shape["percent"] else 1))
+    cut = exact * written >= 0 and 0 <= abs(exact) - abs(written) < unit
+    return cut or abs(exact - written) <= unit / 2
 
 
 def evaluate(text: str) -> Fraction:
@@ -61,13 +66,13 @@ def _level(tokens: list[str], level: int, depth: int) -> tuple[Fraction, list[st
 
 
 def _factor(tokens: list[str], depth: int) -> tuple[Fraction, list[str]]:
-    """A number, a negated factor or a bracket, each possibly a percentage."""
+    """A number, a signed factor or a bracket, each possibly a percentage."""
     if not tokens or depth > _DEEPEST:
         raise ValueError("expected a number" if not tokens else "too deeply nested")
     first, rest = tokens[0], tokens[1:]
-    if first == "-":
+    if first in "+-":
         value, rest = _factor(rest, depth + 1)
-        return -value, rest
+        return (-value if first == "-" else value), rest
     if first == "(":
         value, rest = _level(rest, 0, depth + 1)
         if not rest or rest[0] != ")":

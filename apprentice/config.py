@@ -8,35 +8,16 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from apprentice import sections
 from apprentice.method_sections import MethodSections
-from apprentice.schema import CountOrZero, ParamsError, read
+from apprentice.schema import ParamsError, read
+from apprentice.sections import MainSections
 
 __all__ = ["Params", "ParamsError", "parse"]
 
 
 @dataclass(frozen=True)
-class Params(MethodSections):
-    """The whole of params.yaml. `fine_tuning`, `preference` and `ppo` hold what several stages merge into their sections."""
-
-    seed: CountOrZero
-    compute: sections.ComputeConfig
-    runtime: sections.RuntimeConfig
-    ingest: sections.IngestConfig
-    tokenizer: sections.TokenizerConfig
-    validate: sections.ValidateConfig
-    pretrain: sections.PretrainConfig
-    fine_tuning: sections.FineTuningConfig
-    sft: sections.SFTConfig
-    sft_tuned: sections.SFTTunedConfig
-    ppo: sections.PPOConfig
-    srppo: sections.SRPPOConfig
-    pairs: sections.PairsConfig
-    preference: sections.PreferenceConfig
-    rso: sections.RSOConfig
-    evaluate: sections.EvaluateConfig
-    report: sections.ReportConfig
-    register: sections.RegisterConfig
+class Params(MethodSections, MainSections):
+    """The whole of params.yaml: the main line's sections, then the further methods'."""
 
 
 def parse(raw: Any) -> Params:

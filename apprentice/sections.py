@@ -235,3 +235,27 @@ class RegisterConfig:
     experiment: str
     champion_metric: str
     champion_mode: Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class MainSections:
+    """The sections of the main line. `fine_tuning`, `preference` and `ppo` hold what several stages merge into their own."""
+
+    seed: CountOrZero
+    compute: ComputeConfig
+    runtime: RuntimeConfig
+    ingest: IngestConfig
+    tokenizer: TokenizerConfig
+    validate: ValidateConfig
+    pretrain: PretrainConfig
+    fine_tuning: FineTuningConfig
+    sft: SFTConfig
+    sft_tuned: SFTTunedConfig
+    ppo: PPOConfig
+    srppo: SRPPOConfig
+    pairs: PairsConfig
+    preference: PreferenceConfig
+    rso: RSOConfig
+    evaluate: EvaluateConfig
+    report: ReportConfig
+    register: RegisterConfig

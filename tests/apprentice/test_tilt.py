@@ -1,6 +1,5 @@
 """Two models decoded as one: the logits by hand, the same text as by full passes written out, both caches in step."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import LlamaForCausalLM
 from apprentice.compute import CPU, Compute
 from apprentice.policy import response_scores, save_policy, score
 from apprentice.sampling import Request, Rollout, row_key, sample, uniforms
-from apprentice.tilt import FILE, Tilt, load_tilt, write_tilt
+from apprentice.tilt import FILE, Tilt, load_tilt, read_tilt, write_tilt
 from apprentice.tokens import train_word_tokenizer
 from tests.apprentice.toys import END, SMALL, demonstrations, enumerated, hash_of, markov, tilt, tiny_llama, total_variation
 
@@ -241,12 +240,14 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "models").mkdir()
     for name, seed in (("sft", 5), ("base", 6)):
         save_policy(model(seed), tokenizer, tmp_path / "models" / name, "# card\n")
-    write_tilt(tmp_path / "models" / "tilt", tmp_path / "models" / "sft", tmp_path / "models" / "base", 0.75, {})
-    return tmp_path / "models"
+    models = tmp_path / "models"
+    write_tilt(models / "tilt", models / "sft", models / "base", 0.75, {"sft": "ab", "base": "cd"})
+    return models
 
 
 def test_what_is_written_is_loaded(folder: Path) -> None:
-    assert json.loads((folder / "tilt" / FILE).read_text()) == {"target": "sft", "baseline": "base", "weight": 0.75}
+    said = {"target": "sft", "baseline": "base", "weight": 0.75, "made_from": {"sft": "ab", "base": "cd"}}
+    assert read_tilt(folder / "tilt") == said
     assert [path.name for path in (folder / "tilt").iterdir()] == [FILE]
     loaded = load_tilt(folder / "tilt")
     vocab = loaded.config.vocab_size

@@ -135,6 +135,12 @@ def test_all_right_gives_nothing_and_the_stage_says_so(new_stage: StageOf) -> No
         perstep.main(stage)
 
 
+def test_right_responses_have_weights_too(new_stage: StageOf) -> None:
+    found, _ = lessons(new_stage({"p": "x"}, variant="advantage_weighted"), words(), CPU)
+    assert found.responses == [[X, END]] * 40
+    assert found.weights == [[1.0, 1.0]] * 40  # the prompt was as good already
+
+
 def test_a_model_that_says_nothing_gives_nothing(new_stage: StageOf, tmp_path: Path) -> None:
     stage = new_stage({"x": "x"})
     write_table(tmp_path / "data", "prompts", ("x", None))  # after x comes the end
@@ -154,10 +160,12 @@ def test_a_separator_that_no_token_contains_is_refused(new_stage: StageOf) -> No
 
 
 def test_G6_the_seed_decides_the_lessons(new_stage: StageOf, stage_of: StageOf) -> None:
-    stage = new_stage()
-    other = stage_of("perstep", seed=1, **{f"perstep.{name}": value for name, value in SETTINGS.items()})
-    first, again, different = (lessons(s, words(), CPU) for s in (stage, stage, other))
-    assert first == again != different
+    new_stage({"q": "y y"})
+    section = {f"perstep.{name}": value for name, value in (SETTINGS | {"variant": "advantage_weighted"}).items()}
+    first, again, other = (lessons(stage_of("perstep", seed=seed, **section), words(), CPU)[0] for seed in (0, 0, 1))
+    assert first == again != other
+    for seed, found in ((0, first), (1, other)):
+        assert found.responses == [[*ids, END] if ended else ids for ids, ended in drawn("q", seed=seed)]
 
 
 # --- a step verifier in place of completions

@@ -16,8 +16,8 @@ def main(stage: Stage) -> None:
     stage.say(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if not found.prompts:
         raise StageError(
-            "perstep: nothing to learn from, as no prompt has both right and wrong responses. Raise perstep.prompts or "
-            "perstep.negatives, or check perstep.separator"
+            "perstep: nothing to learn from; the figures above say what was dropped. Raise perstep.prompts, perstep.negatives "
+            "or perstep.completions, or check perstep.separator"
         )
     pad = pad_id(tokenizer)
     if stage.config.variant == "advantage_weighted":

@@ -86,7 +86,10 @@ def with_answers(stage: Stage, check: Check) -> "list[Demonstration]":
     from tasks.checkpoints import prompt_keys, table
 
     pool = table(stage, "prompts")
-    return [row for row, key in zip(pool, prompt_keys(pool), strict=True) if check(key, "") is not None]
+    answered = [row for row, key in zip(pool, prompt_keys(pool), strict=True) if check(key, "") is not None]
+    if not answered:
+        raise StageError(f"{stage.name}: the verifier has no answer to any prompt of the pool; give rows an answer")
+    return answered
 
 
 def verifier_reward(stage: Stage, setting: Setting, check: Check) -> "Reward":

@@ -48,8 +48,6 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
 
     drawn = {"end": tokenizer.eos_token_id, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     rows = pick_prompts(with_answers(stage, check), config.prompts, stage.params.seed)
-    if not rows:
-        raise StageError("perstep: no prompt of the pool has an answer. Give some of them one, or leave this method out")
     stage.say(f"{config.negatives} responses to each of {len(rows)} prompts, values by {config.values}")
     rollout = sample(
         policy, requests_of(rows, tokenizer, config.negatives), seed=f"{stage.params.seed}/perstep", compute=compute, **drawn

@@ -67,7 +67,8 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
         found, dropped = shared_prefix_pairs(attempts, values, completed, separators, drawn["end"])
     else:
         found, dropped = practical_pairs(attempts, values, drawn["end"])
-    return found, _figures(attempts, values) | {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
+    figures = _figures(attempts, values) | {"completions": float(config.completions * len(completed))}
+    return found, figures | {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
 
 
 def _values(attempt: Attempt, completed: Mapping[Prefix, Completed], config: PerStepConfig, tokenizer: Any) -> list[float]:

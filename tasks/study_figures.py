@@ -82,7 +82,7 @@ def figures_of(job: Job, params: Params, stages: Sequence[StageInfo], files: Fil
 def _tokens(
     models: Sequence[str], found: dict[str, Metrics], params: Params, stages: Sequence[StageInfo], files: Files
 ) -> Metrics:
-    """What each model cost (tasks/study_tokens.py), where that can be told."""
+    """What each model but the base cost (tasks/study_tokens.py), where that can be told."""
     by_name = {stage.name: stage for stage in stages}
     behind = {model: trained_behind(model, stages) for model in models}
     length = found["sft"]["in_domain/length"]
@@ -91,7 +91,7 @@ def _tokens(
         for name in {name for names in behind.values() for name in names}
     }
     counts = {model: [spent[name] for name in names] for model, names in behind.items()}
-    return {model: float(round(sum(filter(None, own)))) for model, own in counts.items() if None not in own}
+    return {model: float(round(sum(filter(None, own)))) for model, own in counts.items() if None not in own and any(own)}
 
 
 def _means(files: Files, model: str, params: Params) -> Metrics:

@@ -22,14 +22,17 @@ from tasks.lineage import maker_of
 from tasks.study_plan import StudyError
 
 MADE = ("data/models/", "data/pairs", "data/rescored")  # what training writes for the stages after it
-FREE = (sections.PretrainConfig, methods.ForeignConfig, methods.TiltConfig, methods.VectorsConfig, methods.RescoreConfig)
+FREE = (  # bases, and what trains nothing
+    *(sections.TokenizerConfig, sections.PretrainConfig, methods.ForeignConfig),
+    *(methods.TiltConfig, methods.VectorsConfig, methods.RescoreConfig),
+)
 FINE_TUNING = (sections.FineTuningConfig, methods.ContinuedSFTConfig)
 
 
 def stage_tokens(
     name: str, config: Any, metrics: Mapping[str, float], history: Sequence[Mapping[str, str]], length: float
 ) -> float | None:
-    """Tokens that one stage drew and trained on; `length` is L. Bases and what trains nothing are free.
+    """Tokens that one stage drew and trained on; `length` is L.
 
     None when its metrics or history lack a figure that the table above needs; StudyError for a stage that is not in it.
     """

@@ -148,6 +148,9 @@ def test_a_study_from_the_first_run_to_the_published_claims(toy: Project) -> Non
     commit(toy)  # of results only: the experiments stand
     again = study(toy, "--seeds", "2")
     assert again.returncode == 0 and "4 stand, 0 to run" in again.stdout and ran(toy) == []
+    alone = run(toy, "-m", "flows.study", "--report-only", **places(toy))
+    assert alone.returncode == 0 and "3 claims: holds 1, does not hold 1, not settled 1" in alone.stdout
+    assert git(toy, "status", "--porcelain") == ""  # twice the same to the byte
 
 
 def check_what_was_published(toy: Project) -> None:

@@ -131,7 +131,8 @@ def test_all_right_gives_nothing_and_the_stage_says_so(new_stage: StageOf) -> No
     stage = new_stage({"p": "x"})
     found, figures = lessons(stage, words(), CPU)
     assert found == StepPairs([], [], [])
-    assert figures == {"responses": 40.0, "wrong": 0.0, "unsplit_share": 1.0, "prompt_value": 0.0, "pit_position": 0.0}
+    counts = {"responses": 40.0, "wrong": 0.0, "completions": 0.0}
+    assert figures == {**counts, "unsplit_share": 1.0, "prompt_value": 0.0, "pit_position": 0.0}
     with pytest.raises(StageError, match=r"nothing to learn from.*Raise perstep\.prompts"):
         perstep.main(stage)
 

@@ -198,6 +198,8 @@ def test_a_plot_over_runs_joins_the_means_and_shows_the_seeds() -> None:
     assert xs[1] - xs[0] > xs[2] - xs[1] > 0  # 0.1, 0.5, 2 on a logarithmic axis: ratios of 5 and 4
     ys = [float(point.split(",")[1]) for point in line.split()]
     assert ys[2] < ys[0] < ys[1]  # means 0.25, 0.0625, 0.75; up is less
+    fewer = draw(OVER_RUNS, FIGURES, LABELS, 1)
+    assert fewer is not None and fewer.count('class="seed"') == 3
 
 
 def test_a_whisker_is_the_interval() -> None:

@@ -139,11 +139,13 @@ def test_values_are_written_as_the_command_line_takes_them() -> None:
     assert [written(value) for value in (1.0, 16, True, "hinge", None)] == ["1.0", "16", "true", "hinge", "null"]
 
 
-def test_tokens_of_every_measured_model_are_known_by_kind(params: Callable[..., Params]) -> None:
+def test_the_tokens_of_every_measured_model_can_be_told(params: Callable[..., Params]) -> None:
     own, stages = params(), read_stages()
+    metrics = dict.fromkeys(("rows", "pairs", "groups", "responses", "completions"), 2.0)
+    history = [{"epoch": "1", "length": "10"}]
     for model in (*own.evaluate.models, *own.evaluate_methods.models):
-        for name in trained_behind(model, stages):
-            assert stage_tokens(name, getattr(own, name), {}, [], 1.0) is None or name in {
-                *("pretrain", "foreign", "tilt", "vectors", "rescore", "pairs"),
-                *("srppo", "verifier_ppo", "srppo_tuned", "pairwise_ppo", "bt_ppo", "donor_ppo"),
-            }
+        counts = {
+            name: stage_tokens(name, getattr(own, name), metrics, history, 10.0) for name in trained_behind(model, stages)
+        }
+        assert None not in counts.values(), model
+        assert (sum(filter(None, counts.values())) > 0) == (model != "base"), model

@@ -4,9 +4,7 @@ One task per DVC stage, under the stage's name. DVC's graph is the only source o
 side. What a stage does is in tasks/, with which settings in params.yaml, and whether it has to run only DVC knows.
 """
 
-import sys
-
-from flows.command import align_options, use_running_server
+from flows.command import align_options, exit_code, use_running_server
 
 if __name__ == "__main__":
     OPTIONS = align_options()  # before the slow imports: --help answers at once
@@ -50,19 +48,14 @@ def align(only: list[str] | None = None, force: bool = False, methods: bool = Fa
 
 
 def main(only: list[str], force: bool, methods: bool) -> int:
-    """Run the flow, print the table and where to look next; 0 when all is well, 1 when not, 2 when it cannot begin."""
-    try:
+    """Run the flow, print the table and where to look next; returns the exit code."""
+
+    def run() -> State:
         plan(only, methods)
-        state = align(only, force, methods, return_state=True)
-    except (PlanError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped, training included. The same command goes on from here.", file=sys.stderr)
-        return 130
-    if not state.is_completed():
-        print(f"\n{state.message} What is done stays done: mend and run the same command again.", file=sys.stderr)
-        return 1
+        return align(only, force, methods, return_state=True)
+
+    if code := exit_code(run, PlanError, ValueError):
+        return code
     if text := comparison(methods):
         print(f"\n{first_table(text)}\n{NEXT.format(page='methods.html' if methods else 'report.html')}")
     return 0

@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from typing import Any
 
 HOST = "127.0.0.1"
 API = f"http://{HOST}:4200/api"  # where `make ui` starts it
@@ -62,6 +65,23 @@ def ui_options() -> argparse.Namespace:
     parser.add_argument("--prefect-port", type=int, default=4200, metavar="PORT", help="default: 4200")
     parser.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT", help="default: 5000")
     return parser.parse_args()
+
+
+def exit_code(run: Callable[[], Any], *wrong: type[Exception]) -> int:
+    """Run a flow to its final state and say in a line what went amiss: 0 all is well, 1 something failed, 2 it cannot begin
+    (an error of the kinds `wrong`), 130 stopped by hand."""
+    try:
+        state = run()
+    except wrong as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped, training included. The same command goes on from here.", file=sys.stderr)
+        return 130
+    if not state.is_completed():
+        print(f"\n{state.message} What is done stays done: mend and run the same command again.", file=sys.stderr)
+        return 1
+    return 0
 
 
 def answers(url: str, seconds: float = 1.0) -> bool:

@@ -5,9 +5,8 @@ goes on from there.
 """
 
 import argparse
-import sys
 
-from flows.command import study_options, use_running_server
+from flows.command import exit_code, study_options, use_running_server
 
 if __name__ == "__main__":
     OPTIONS = study_options()  # before the slow imports: --help answers at once
@@ -75,25 +74,20 @@ def run_all(session: Session, place: Workspace) -> list[State]:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run and publish, or only publish; 0 when all is well, 1 when something failed, 2 when it cannot begin."""
-    try:
+    """Run and publish, or only publish; returns the exit code."""
+
+    def run() -> State:
         if options.report_only:
-            print(headline(publish(options.seeds)))
-            return 0
+            publish(options.seeds)
+            return Completed()
         asked = (SEEDS if options.seeds is None else options.seeds, options.runs, options.jobs)
         runner = ThreadPoolTaskRunner(max_workers=len(prepare(*asked).slots.places))
-        state = study.with_options(task_runner=runner)(*asked, return_state=True)
-    except (StageError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped, training included. The same command goes on from here.", file=sys.stderr)
-        return 130
-    if not state.is_completed():
-        print(f"\n{state.message}\nWhat is done stands: mend and run the same command again.", file=sys.stderr)
-        return 1
-    print(f"\n{headline(published())}")
-    return 0
+        return study.with_options(task_runner=runner)(*asked, return_state=True)
+
+    code = exit_code(run, StageError, ValueError)
+    if not code:
+        print(f"\n{headline(published())}")
+    return code
 
 
 if __name__ == "__main__":

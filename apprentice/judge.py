@@ -25,12 +25,11 @@ from apprentice.epochs import Figures, Trained, train_epochs
 from apprentice.recorder import Recorder
 from apprentice.rewards import ranker_reward
 from apprentice.sections import EpochsConfig
-from apprentice.tokens import JUDGEMENTS, encode_responses
+from apprentice.tokens import JUDGEMENTS, encode_responses, template_pieces
 
 QUESTION = "Is the first answer better than the second? Reply yes or no."
 Triple = tuple[Prompt, str, str]  # prompt, first answer, second answer
 RewardForm = Literal["probability", "logit"]
-_MARK = "\ue000"  # a private-use character that stands for a content while its template is rendered
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> list[l
     if tokenizer.chat_template is None:
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return [start, *[line] * len(roles)]
-    turns = [{"role": role, "content": _MARK} for role, _ in groupby(roles)]
-    texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split(_MARK)
-    if len(texts) != len(turns) + 1:
-        raise ValueError(f"the judge: this tokenizer's chat template does not place every message of {roles} exactly once")
-    pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    pieces = iter(template_pieces(tokenizer, [role for role, _ in groupby(roles)]))
     return [line if role == before else next(pieces) for before, role in zip([None, *roles], [*roles, None], strict=True)]
 
 

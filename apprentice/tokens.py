@@ -94,20 +94,27 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return encoded
 
 
-def _encode_around(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> list[int]:
-    """Render the template with the contents left out, then encode template and contents apart."""
-    hollow = [{**message, "content": _MARK} for message in chat]
-    frame = tokenizer.apply_chat_template(hollow, tokenize=False, add_generation_prompt=True).split(_MARK)
-    if len(frame) != len(chat) + 1:
+def template_pieces(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[list[int]]:
+    """Token ids of the chat template before, between and after the contents of messages of these roles, the contents left out.
+
+    Raises ValueError for a template that does not place every message exactly once.
+    """
+    hollow = [{"role": role, "content": _MARK} for role in roles]
+    texts = tokenizer.apply_chat_template(hollow, tokenize=False, add_generation_prompt=True).split(_MARK)
+    if len(texts) != len(roles) + 1:
         raise ValueError(
-            "a prompt holds the text of a special token and this tokenizer's chat template does not place every message "
-            f"exactly once, so it cannot be encoded safely: {chat}"
+            "this tokenizer's chat template does not place every message exactly once, so contents that may hold the text of a "
+            f"special token cannot be encoded safely between its pieces; roles: {', '.join(roles)}"
         )
-    ids: list[int] = tokenizer(frame[0], add_special_tokens=False)["input_ids"]
-    for message, after in zip(chat, frame[1:], strict=True):
-        ids += _encode_text(tokenizer, [message["content"]])[0]
-        ids += tokenizer(after, add_special_tokens=False)["input_ids"]
-    return ids
+    pieces: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return pieces
+
+
+def _encode_around(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> list[int]:
+    """Token ids of a chat, template and contents encoded apart."""
+    start, *pieces = template_pieces(tokenizer, [message["role"] for message in chat])
+    contents = _encode_text(tokenizer, [message["content"] for message in chat])
+    return start + [token for pair in zip(contents, pieces, strict=True) for ids in pair for token in ids]
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[Tensor, tuple[str, ...]]:

@@ -27,17 +27,17 @@ def ranked_pairs(stage: Stage, tokenizer: Any, compute: Any) -> list[Any]:
 
 
 def _demonstrated(stage: Stage, tokenizer: Any, compute: Any) -> list[Any]:
-    from apprentice.evaluation import Questions, respond
+    from apprentice.evaluation import respond
     from apprentice.judge import PreferencePair
     from apprentice.policy import decode_responses
-    from apprentice.tokens import encode_prompts
-    from tasks.checkpoints import prompt_keys, scorers_of, table
+    from tasks.checkpoints import scorers_of, table
+    from tasks.measuring import Measured
 
     rows, config = table(stage, "demonstrations"), stage.config
-    questions = Questions(encode_prompts(tokenizer, [row.prompt for row in rows]), prompt_keys(rows), tokenizer.eos_token_id)
+    own = Measured(scorers_of(stage, ["sft"], compute)["sft"], tokenizer)
     rollout = respond(
-        scorers_of(stage, ["sft"], compute)["sft"],
-        questions,
+        own.model,
+        own.questions(rows),
         samples=config.samples,
         temperature=1.0,
         max_new_tokens=config.max_new_tokens,

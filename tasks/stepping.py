@@ -46,7 +46,8 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
     def verify(key: str, ids: list[int]) -> bool:
         return bool(check(key, decode_responses(tokenizer, [ids])[0]))
 
-    drawn = {"end": tokenizer.eos_token_id, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    end = tokenizer.eos_token_id
+    drawn = {"end": end, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     rows = pick_prompts(with_answers(stage, check), config.prompts, stage.params.seed)
     stage.say(f"{config.negatives} responses to each of {len(rows)} prompts, values by {config.values}")
     rollout = sample(
@@ -57,16 +58,16 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
     completed = {}
     if config.values == "rollouts":
         completed = complete(
-            policy, valued, verify, config, seed=f"{stage.params.seed}/perstep/values", end=drawn["end"], compute=compute
+            policy, valued, verify, config, seed=f"{stage.params.seed}/perstep/values", end=end, compute=compute
         )
     values = [_values(row, completed, config, tokenizer) for row in attempts]
     if config.variant == "advantage_weighted":
-        found: StepPairs | StepWeights = advantage_weights(attempts, values, config.beta, config.max_weight, drawn["end"])
+        found: StepPairs | StepWeights = advantage_weights(attempts, values, config.beta, config.max_weight, end)
         dropped: dict[str, int] = {}
     elif config.variant == "shared_prefix":
-        found, dropped = shared_prefix_pairs(attempts, values, completed, separators, drawn["end"])
+        found, dropped = shared_prefix_pairs(attempts, values, completed, separators, end)
     else:
-        found, dropped = practical_pairs(attempts, values, drawn["end"])
+        found, dropped = practical_pairs(attempts, values, end)
     figures = _figures(attempts, values) | {"completions": float(config.completions * len(completed))}
     return found, figures | {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
 

@@ -11,7 +11,7 @@ from tasks.stage import StageError
 
 LABELS = {"data/clean/answers.jsonl": "verifier", "data/clean/preferences.jsonl": "preferences"}
 NO_LESSON = {  # made from all tables, and yet no label passes through
-    "data/reports/validate/validation.json",  # lets the pipeline pass or stops it
+    "data/reports/validate/passed",  # lets the pipeline pass or stops it
     "data/models/tokenizer",  # a vocabulary: the words of chosen and rejected responses alike
 }
 NO_LABELS = "none"

@@ -63,6 +63,7 @@ def main(stage: Stage) -> None:
     if docs_error:
         stage.warn(f"the Data Docs were not built ({docs_error}); the checks themselves are not touched by that")
     _stop_at(failed)
+    (stage.reports / "passed").write_text("every expectation holds\n")  # whatever the tables: other counts retrain no base
     stage.say(f"{len(outcomes)} expectations hold; page: {'not built' if docs_error else docs / 'index.html'}")
 
 

@@ -14,11 +14,11 @@ def stage(name: str, upstream: str = "", deps: str = "", outs: str = "", file: s
 
 STAGES = [
     stage("ingest", deps="data/raw/x.jsonl", outs="data/clean", file="dvc.yaml"),
-    stage("validate", "ingest", "data/clean", "data/reports/validate/validation.json data/reports/validate/metrics.json"),
+    stage("validate", "ingest", "data/clean", "data/reports/validate/passed data/reports/validate/metrics.json"),
     stage(
         "sft",
         "ingest validate",
-        "data/clean/demonstrations.jsonl data/reports/validate/validation.json",
+        "data/clean/demonstrations.jsonl data/reports/validate/passed",
         "data/models/sft",
         file="dvc.yaml",
     ),

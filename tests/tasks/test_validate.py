@@ -20,7 +20,7 @@ StageOf = Callable[..., Stage]
 @pytest.fixture
 def tables(stage_of: StageOf) -> Path:
     """The folder of small clean tables, their tokenizer beside it."""
-    ingest.main(stage_of("ingest", **{"ingest.world": SIZES}))
+    ingest.main(stage_of("ingest", **{"ingest.world": {**SIZES, "demonstrated": "all"}}))
     stage = stage_of("tokenizer")
     tokenizer.main(stage)
     return stage.data / "clean"
@@ -58,6 +58,7 @@ def test_clean_tables_pass_and_the_report_repeats_itself(tables: Path, stage_of:
     assert set(figures["unknown_share"].values()) == {0.0}
     assert set(outcomes_of(stage)[0]) == {*("table", "expectation", "column", "success", "checked", "unexpected", "first_rows")}
     assert (stage.data.parent / ".telemetry" / "data_docs" / "index.html").is_file()
+    assert (stage.reports / "passed").read_text() == "every expectation holds\n"
     validate.main(stage)
     assert (stage.reports / "validation.json").read_bytes() == first
 

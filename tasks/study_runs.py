@@ -26,6 +26,7 @@ from tasks.dvcstage import open_repo
 from tasks.stage import MAIN_LINE, METHODS, ROOT
 from tasks.store import store_uri
 from tasks.study_plan import CLAIMS, Job, StudyError, targets_of, with_changes, written
+from tasks.warm import warm_python
 
 SOURCES = ("apprentice", "tasks", "params.yaml", MAIN_LINE, METHODS, "data/raw", ".dvc/config", str(CLAIMS))
 SHARED = (".resume", ".telemetry")  # folders of the project that the clone uses too
@@ -124,10 +125,10 @@ def _code_of(commit: str) -> set[str]:
 
 
 class Workspace:
-    """The clone in which experiments are started."""
+    """The clone in which experiments are started; `python` is the folder of the Python that their stages run with."""
 
-    def __init__(self, root: Path, experiments: Experiments) -> None:
-        self.root, self.experiments = root, experiments
+    def __init__(self, root: Path, experiments: Experiments, python: Path) -> None:
+        self.root, self.experiments, self.python = root, experiments, python
         self._starting, self._fetching = threading.Lock(), threading.Lock()
 
     def run(self, job: Job, place: Mapping[str, str]) -> Experiment:
@@ -146,7 +147,7 @@ class Workspace:
                 if line.startswith(STARTED):
                     started()
 
-            code = process.run(self._command(job), self.root, self._environment(place), hear)
+            code = process.run(self._command(job), self.root, {**self._environment(), **place}, hear)
         if code:
             raise RunFailed("\n".join([f"{job.name} failed; the whole log: {log.relative_to(ROOT)}", *tail]))
         return self._fetch(job)
@@ -172,10 +173,9 @@ class Workspace:
         targets = targets_of(job.run, self.experiments.params)
         return [sys.executable, "-m", "dvc", "--wait-for-lock", "exp", "run", *named, *sets, *targets]
 
-    @staticmethod
-    def _environment(place: Mapping[str, str]) -> dict[str, str]:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # `python` of dvc.yaml
-        return {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri(), **place}
+    def _environment(self) -> dict[str, str]:
+        path = os.pathsep.join([str(self.python), os.environ.get("PATH", "")])  # `python` of dvc.yaml
+        return {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri()}
 
     def _fetch(self, job: Job) -> Experiment:
         ref = self.experiments.ref(job)
@@ -211,7 +211,8 @@ def workspace(experiments: Experiments) -> Iterator[Workspace]:
         shutil.rmtree(root, ignore_errors=True)
         _clone(root, experiments.head)
         try:
-            yield Workspace(root, experiments)
+            with warm_python() as python:
+                yield Workspace(root, experiments, python)
         finally:
             shutil.rmtree(root, ignore_errors=True)
 

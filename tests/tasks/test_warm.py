@@ -1,0 +1,98 @@
+"""Programs forked from the warm Python: they run as if started anew, and end with their callers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.warm import warm_python
+from tests.toy import runs, wait_for
+
+pytestmark = pytest.mark.slow  # loads torch and transformers once
+ECHO = """import os, sys
+print(os.getcwd(), sys.argv[1:], os.environ["WORD"], "torch" in sys.modules, "tasks" in sys.modules)
+print(sys.stdin.read(), file=sys.stderr)
+sys.exit(7)
+"""
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[Path]:
+    """The folder of a `python` that stands for a warm one."""
+    with warm_python() as folder:
+        yield folder
+
+
+def command(python: Path, *words: str) -> list[str]:
+    return [str(python / "python"), *words]
+
+
+@pytest.mark.parametrize("words", [("-m", "echo"), ("echo.py",)])
+def test_a_program_has_its_callers_arguments_folder_environment_and_streams(
+    python: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "echo.py").write_text(ECHO)
+    environment = {**os.environ, "WORD": "x y"}
+    done = subprocess.run(
+        command(python, *words, "a b", "c"), cwd=tmp_path, env=environment, input="said", capture_output=True, text=True
+    )
+    assert done.returncode == 7 and done.stdout == f"{tmp_path} ['a b', 'c'] x y True False\n" and done.stderr == "said\n"
+
+
+def test_each_program_sees_the_code_of_its_own_folder(python: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(f"print('{name}')")
+        assert subprocess.check_output(command(python, "-m", "mine"), cwd=tmp_path / name, text=True) == f"{name}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("", 0), ("raise SystemExit('why')", 1), ("1 / 0", 1), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_the_exit_code_is_the_programs(python: Path, tmp_path: Path, line: str, code: int) -> None:
+    (tmp_path / "end.py").write_text(line)
+    done = subprocess.run(command(python, "-m", "end"), cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        done.returncode == code
+        and ("ZeroDivisionError" in done.stderr) == (line == "1 / 0")
+        and ("why" in done.stderr) == ("why" in line)
+    )
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_program_ends_with_its_caller(python: Path, tmp_path: Path, sign: signal.Signals) -> None:
+    (tmp_path / "wait.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(300)")
+    caller = subprocess.Popen(command(python, "-m", "wait"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert caller.stdout
+    program = int(caller.stdout.readline())
+    assert runs(program)
+    caller.send_signal(sign)
+    caller.wait(10)
+    wait_for(lambda: not runs(program))
+
+
+def test_other_words_are_refused(python: Path) -> None:
+    done = subprocess.run(command(python, "-c", "print(1)"), capture_output=True, text=True)
+    assert done.returncode == 1 and "`-m module ...`" in done.stderr and done.stdout == ""
+
+
+def test_it_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+    code = "import time; from tasks.warm import warm_python\nwith warm_python() as p: print(p, flush=True); time.sleep(300)"
+    root = Path(__file__).resolve().parents[2]
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout
+    folder = Path(owner.stdout.readline().strip())
+    owner.kill()
+    owner.wait()
+    (tmp_path / "x.py").write_text("")
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        done = subprocess.run(command(folder, "-m", "x"), cwd=tmp_path, capture_output=True, text=True)
+        if done.returncode:
+            break
+    assert "refused" in done.stderr.lower()

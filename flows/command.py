@@ -35,9 +35,9 @@ def study_options() -> argparse.Namespace:
         prog="python -m flows.study",
         description="Run every run of study/claims.yaml with every seed, as DVC experiments beside the workspace, and write "
         "study/figures.json, claims.json, claims.md, the plots and the table in README.md. What stands is not run again.",
-        epilog="Logs: .telemetry/study/. `dvc exp show -A` lists the experiments, `dvc exp apply study-main-0` takes one over.",
+        epilog="Logs: .telemetry/study/. `dvc exp show -A` lists the experiments, `dvc exp apply study-main-1` takes one over.",
     )
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (5; with --report-only all there are)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 1 to N (5; with --report-only all there are)")
     parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of claims.yaml")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (as many as a flow runs torch stages)")
     parser.add_argument("--report-only", action="store_true", help="run nothing: publish from study/figures.json again")

@@ -11,7 +11,7 @@ from tasks.report_metrics import label, metric_of
 from tasks.report_plots import Frame, Point, number, span, ticks
 from tasks.study_claims import is_share
 from tasks.study_figures import Figures
-from tasks.study_plan import Plot
+from tasks.study_plan import Plot, seeds_of
 
 WIDTH, HEIGHT, MARGIN = 860, 540, (72, 24, 50, 62)  # pixels; margin: top, right, bottom, left
 LETTER, LINE = 6.6, 13.0  # size of a name, in pixels, to keep names apart
@@ -134,7 +134,7 @@ def _lines(plot: Plot, places: Sequence[float], models: Sequence[str], figures: 
 def _mark(figures: Figures, run: str, model: str, metric: str, seeds: int) -> Mark | None:
     scale = 100 if is_share(metric) else 1
     by_seed = {int(seed): names.get(model, {}).get(metric) for seed, names in figures.get(run, {}).items()}
-    values = [scale * value for seed, value in by_seed.items() if value is not None and seed < seeds]
+    values = [scale * value for seed, value in by_seed.items() if value is not None and seed in seeds_of(seeds)]
     return Mark(tuple(values)) if values else None
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from tasks.dvcstage import read_stages
 from tasks.stage import ROOT, read_params, write_json
 from tasks.study_claims import document, judge
-from tasks.study_figures import read_figures
-from tasks.study_plan import CLAIMS, StudyError, main_models, read_study
+from tasks.study_figures import Figures, read_figures
+from tasks.study_plan import CLAIMS, FIRST_SEED, StudyError, main_models, read_study
 from tasks.study_plots import draw
 from tasks.study_runs import git
 from tasks.study_table import learned_from, renew_readme, results
@@ -22,7 +22,7 @@ def publish(seeds: int | None = None) -> str:
     """
     study, figures = read_study(), read_figures()
     if seeds is None:
-        seeds = 1 + max(int(seed) for run in figures.values() for seed in run)
+        seeds = count_seeds(figures)
     labels = learned_from(main_models(read_params()), read_stages())
     judged = [(claim, judge(claim, study, figures, seeds)) for claim in study.claims]
     write_json(FOLDER / "claims.json", [one for _, one in judged])
@@ -35,6 +35,11 @@ def publish(seeds: int | None = None) -> str:
             path.write_text(picture, encoding="utf-8")
     renew_readme(results(figures, labels, seeds))
     return text
+
+
+def count_seeds(figures: Figures) -> int:
+    """How many seeds of the study it takes to have all that the figures are of."""
+    return max((int(seed) - FIRST_SEED + 1 for run in figures.values() for seed in run), default=0)
 
 
 def committed(path: Path) -> str:

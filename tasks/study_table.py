@@ -11,7 +11,7 @@ from tasks.report_metrics import number
 from tasks.stage import ROOT
 from tasks.study_claims import is_share
 from tasks.study_figures import Figures
-from tasks.study_plan import MAIN, StudyError
+from tasks.study_plan import MAIN, StudyError, seeds_of
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
@@ -43,7 +43,7 @@ def over_seeds(figures: Figures, run: str, model: str, metric: str, seeds: int) 
     values = [
         names[model][metric]
         for seed, names in figures.get(run, {}).items()
-        if int(seed) < seeds and metric in names.get(model, {})
+        if int(seed) in seeds_of(seeds) and metric in names.get(model, {})
     ]
     if not values:
         return None
@@ -58,7 +58,7 @@ def results(figures: Figures, labels: dict[str, str], seeds: int) -> str:
 
     Raises StudyError without figures of the main run.
     """
-    count = sum(int(seed) < seeds for seed in figures.get(MAIN, {}))
+    count = sum(int(seed) in seeds_of(seeds) for seed in figures.get(MAIN, {}))
     if not count:
         raise StudyError("the table of results needs the main run, and study/figures.json has none of it")
     rows = []

@@ -132,10 +132,10 @@ def test_a_study_from_the_first_run_to_the_published_claims(toy: Project) -> Non
     done = study(toy, "--seeds", "2")
     assert done.returncode == 0, done.stdout
     first = ran(toy)
-    assert experiments(toy) == ["study-longer-0", "study-longer-1", "study-main-0", "study-main-1"]
+    assert experiments(toy) == ["study-longer-1", "study-longer-2", "study-main-1", "study-main-2"]
     each = ["pretrain", "sft", "raft", "evaluate base", "evaluate sft", "evaluate_methods raft"]
-    own = {f"study-main-{seed} {what}" for seed in (0, 1) for what in each}
-    own |= {f"study-longer-{seed} {what}" for seed in (0, 1) for what in ("sft", "evaluate sft")}
+    own = {f"study-main-{seed} {what}" for seed in (1, 2) for what in each}
+    own |= {f"study-longer-{seed} {what}" for seed in (1, 2) for what in ("sft", "evaluate sft")}
     assert len(first) == len(own) and set(first) == own  # no stage twice: `longer` has its base from the main run's cache
     assert toy.path("params.yaml").read_text() == before
     changed = {line.split()[-1] for line in git(toy, "status", "--porcelain").splitlines()}
@@ -155,12 +155,12 @@ def test_a_study_from_the_first_run_to_the_published_claims(toy: Project) -> Non
 
 def check_what_was_published(toy: Project) -> None:
     figures = json.loads(toy.path("study/figures.json").read_text())
-    assert figures["longer"]["1"]["sft"]["in_domain/greedy_accuracy"] == 0.75  # 4 epochs less seed 1, of 4
-    assert figures["main"]["1"]["sft"]["out_of_domain/greedy_accuracy"] == 0.5
-    assert figures["main"]["0"]["raft"]["tokens"] == 320  # sft and raft: 2 epochs x 8 rows x 10 tokens each
+    assert figures["longer"]["2"]["sft"]["in_domain/greedy_accuracy"] == 0.5  # 4 epochs less seed 2, of 4
+    assert figures["main"]["2"]["sft"]["out_of_domain/greedy_accuracy"] == 0.25
+    assert figures["main"]["1"]["raft"]["tokens"] == 320  # sft and raft: 2 epochs x 8 rows x 10 tokens each
     claims = json.loads(toy.path("study/claims.json").read_text())
     assert [one["verdict"] for one in claims] == ["holds", "does not hold", "not settled"]
-    assert [one["effect"] for one in claims] == [0.25, -0.25, 0.375] and claims[2]["by_seed"] == [0.25, 0.5]
+    assert [one["effect"] for one in claims] == [0.25, -0.25, 0.625] and claims[2]["by_seed"] == [0.5, 0.75]
     readme = toy.path("README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
     assert "| `raft` | none | 100 [100, 100] |" in readme
@@ -168,17 +168,17 @@ def check_what_was_published(toy: Project) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_shown_and_the_rest_goes_on(toy: Project) -> None:
-    done = study(toy, "--seeds", "1", FAIL="study-main-0 raft")
+    done = study(toy, "--seeds", "1", FAIL="study-main-1 raft")
     assert done.returncode == 1, done.stdout
-    assert "study-main-0 failed" in done.stdout and "the stage cannot" in done.stdout
-    assert experiments(toy) == ["study-longer-0"]
+    assert "study-main-1 failed" in done.stdout and "the stage cannot" in done.stdout
+    assert experiments(toy) == ["study-longer-1"]
     claims = json.loads(toy.path("study/claims.json").read_text())
-    assert claims[0]["verdict"] == "not settled" and "main of seed 0" in claims[0]["note"]
+    assert claims[0]["verdict"] == "not settled" and "main of seed 1" in claims[0]["note"]
     assert "the table of results needs the main run" in done.stdout
     ran(toy)
     done = study(toy, "--seeds", "1", "--runs", "main")
     assert done.returncode == 0, done.stdout
-    assert ran(toy) == ["study-main-0 raft", "study-main-0 evaluate_methods raft"]  # what it had done is not done again
+    assert ran(toy) == ["study-main-1 raft", "study-main-1 evaluate_methods raft"]  # what it had done is not done again
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_a_study_that_is_stopped_goes_on_where_it_was(toy: Project) -> None:
     assert not toy.path(".dvc/tmp/study/workspace").exists()
     hold.unlink()
     assert study(toy, "--seeds", "2", "--runs", "main").returncode == 0
-    assert experiments(toy) == ["study-main-0", "study-main-1"]
+    assert experiments(toy) == ["study-main-1", "study-main-2"]
 
 
 def test_uncommitted_code_or_params_are_refused(toy: Project) -> None:

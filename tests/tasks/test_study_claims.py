@@ -10,7 +10,7 @@ from tasks.study_claims import document, effect_cell, effect_of, is_share, judge
 from tasks.study_figures import PATH, Figures, read_figures
 from tasks.study_plan import Claim, Plot, Run, Study, StudyError, main_models, read_study
 from tasks.study_plots import draw
-from tasks.study_report import headline
+from tasks.study_report import count_seeds, headline
 from tasks.study_table import BEGIN, END, README, learned_from, over_seeds, put, renew_readme, results
 
 GREEDY, OUT = "in_domain/greedy_accuracy", "out_of_domain/greedy_accuracy"
@@ -31,9 +31,9 @@ def names(rso: float, sft: float) -> dict[str, dict[str, float]]:
 
 
 FIGURES: Figures = {
-    "main": {"0": names(0.5, 0.25), "1": names(0.75, 0.25), "2": names(1.0, 0.5)},
-    "a": {str(seed): names(0.25, 0.0) for seed in range(3)},
-    "b": {str(seed): names(0.125 * seed, 0.0) for seed in range(2)},
+    "main": {"1": names(0.5, 0.25), "2": names(0.75, 0.25), "3": names(1.0, 0.5)},
+    "a": {str(seed): names(0.25, 0.0) for seed in (1, 2, 3)},
+    "b": {"1": names(0.0, 0.0), "2": names(0.125, 0.0)},
 }
 STUDY = Study(RUNS, (), ())
 
@@ -62,20 +62,20 @@ def test_the_verdict_goes_by_the_interval(test: str, margin: float, low: float, 
 
 
 def test_an_effect_is_the_sum_over_names_and_metrics_with_both_factors() -> None:
-    assert effect_of(claim(), FIGURES, 0) == 0.5 * (0.5 - 0.25) + 0.5 * (0.5 - 0.0)
+    assert effect_of(claim(), FIGURES, 1) == 0.5 * (0.5 - 0.25) + 0.5 * (0.5 - 0.0)
     both = claim(effect={"rso": 1, "a:rso": -2}, metric={GREEDY: 1, OUT: -3})
-    assert effect_of(both, FIGURES, 1) == (0.75 - 2 * 0.25) - 3 * (0.75 - 2 * 0.25)
+    assert effect_of(both, FIGURES, 2) == (0.75 - 2 * 0.25) - 3 * (0.75 - 2 * 0.25)
 
 
 def test_equal_models_have_no_effect_to_the_last_bit() -> None:
-    figures: Figures = {"main": {"0": {"rso": {GREEDY: 0.1, OUT: 0.7}, "sft": {GREEDY: 0.7, OUT: 0.1}}}}
-    assert effect_of(claim(), figures, 0) == 0.0
+    figures: Figures = {"main": {"1": {"rso": {GREEDY: 0.1, OUT: 0.7}, "sft": {GREEDY: 0.7, OUT: 0.1}}}}
+    assert effect_of(claim(), figures, 1) == 0.0
 
 
 def test_a_claim_is_judged_over_seeds() -> None:
     found = judge(claim(), STUDY, FIGURES, 3)
     # effects 0.375, 0.625, 0.75: mean 0.583333, s = 0.190941, t(2) = 4.302653, half width t s / sqrt(3) = 0.474324
-    assert found["by_seed"] == [0.375, 0.625, 0.75] and found["seeds"] == [0, 1, 2] and found["effect"] == 0.583333
+    assert found["by_seed"] == [0.375, 0.625, 0.75] and found["seeds"] == [1, 2, 3] and found["effect"] == 0.583333
     assert found["low"] == pytest.approx(0.109009, abs=2e-6) and found["high"] == pytest.approx(1.057657, abs=2e-6)
     assert found["verdict"] == "holds" and found["command"] == "python -m flows.study --seeds 3" and "note" not in found
     assert found["metric"] == f"0.5 {GREEDY} + 0.5 {OUT} of rso - sft" and found["test"] == "above 0"
@@ -85,7 +85,7 @@ def test_a_claim_is_judged_over_seeds() -> None:
 
 def test_a_run_with_fewer_seeds_limits_its_claims() -> None:
     found = judge(claim(effect={"rso": 1, "b:rso": -1}, metric={OUT: 1}), STUDY, FIGURES, 3)
-    assert found["seeds"] == [0, 1] and found["by_seed"] == [0.5, 0.625]
+    assert found["seeds"] == [1, 2] and found["by_seed"] == [0.5, 0.625]
 
 
 def test_one_seed_settles_nothing() -> None:
@@ -97,9 +97,9 @@ def test_one_seed_settles_nothing() -> None:
 @pytest.mark.parametrize(
     ("effect", "metric", "said"),
     [
-        ({"raft": 1}, {OUT: 1}, f"{OUT} of raft, seed 0"),
-        ({"rso": 1}, {"in_domain/self_reward_auc": 1}, "in_domain/self_reward_auc of rso, seed 0"),
-        ({"a:rso": 1}, {OUT: 1}, "a of seed 3"),
+        ({"raft": 1}, {OUT: 1}, f"{OUT} of raft, seed 1"),
+        ({"rso": 1}, {"in_domain/self_reward_auc": 1}, "in_domain/self_reward_auc of rso, seed 1"),
+        ({"a:rso": 1}, {OUT: 1}, "a of seed 4"),
     ],
 )
 def test_a_missing_figure_leaves_a_claim_open_and_is_named(
@@ -127,10 +127,10 @@ def test_the_page_has_a_table_a_paper_and_counts_the_verdicts() -> None:
 
 def test_effects_of_shares_are_in_points() -> None:
     assert (
-        effect_cell(claim(metric={"in_domain/kl_to_sft": 1}), {"effect": 0.25, "low": None, "seeds": [0]})
+        effect_cell(claim(metric={"in_domain/kl_to_sft": 1}), {"effect": 0.25, "low": None, "seeds": [1]})
         == "+0.250 nats, 1 seed"
     )
-    assert effect_cell(claim(), {"effect": -0.0001, "low": -0.25, "high": 0.0, "seeds": [0, 1]}) == "0.0 [−25.0, 0.0], 2 seeds"
+    assert effect_cell(claim(), {"effect": -0.0001, "low": -0.25, "high": 0.0, "seeds": [1, 2]}) == "0.0 [−25.0, 0.0], 2 seeds"
     assert [is_share(name) for name in ("judge_flip_rate", "gate", "tokens", GREEDY, "in_domain/self_reward")] == [
         *(True, True, False, True, False)
     ]
@@ -139,8 +139,8 @@ def test_effects_of_shares_are_in_points() -> None:
 def test_the_table_of_results_has_each_model_with_its_interval() -> None:
     figures: Figures = {
         "main": {
-            "0": {"sft": {GREEDY: 0.5, "validation/held_out_loss": 0.25}, "rso": {GREEDY: 0.9}},
-            "1": {"sft": {GREEDY: 0.52, "validation/held_out_loss": 0.25}, "rso": {GREEDY: 1.0}},
+            "1": {"sft": {GREEDY: 0.5, "validation/held_out_loss": 0.25}, "rso": {GREEDY: 0.9}},
+            "2": {"sft": {GREEDY: 0.52, "validation/held_out_loss": 0.25}, "rso": {GREEDY: 1.0}},
         }
     }
     text = results(figures, {"sft": "none", "rso": "verifier"}, 2)
@@ -169,9 +169,9 @@ def test_readme_has_the_table_that_the_figures_give() -> None:
     text = README.read_text(encoding="utf-8")
     if PATH.is_file():
         figures = read_figures()
-        seeds = 1 + max(int(seed) for run in figures.values() for seed in run)
         labels = learned_from(main_models(read_params()), read_stages())
-        assert put(text, results(figures, labels, seeds)) == text, "python -m flows.study --report-only renews it"
+        table = results(figures, labels, count_seeds(figures))
+        assert put(text, table) == text, "python -m flows.study --report-only renews it"
     else:
         assert BEGIN not in text, "README.md has a place for results, and study/figures.json is missing"
 
@@ -203,12 +203,21 @@ def test_a_plot_over_runs_joins_the_means_and_shows_the_seeds() -> None:
 
 
 def test_a_whisker_is_the_interval() -> None:
-    picture = draw(OVER_RUNS, {"a": {"0": names(0.5, 0), "1": names(0.7, 0)}, "b": {"0": names(0.1, 0)}}, LABELS, 2)
+    picture = draw(OVER_RUNS, {"a": {"1": names(0.5, 0), "2": names(0.7, 0)}, "b": {"1": names(0.1, 0)}}, LABELS, 2)
     assert picture is not None
     whiskers = [part.split("/>")[0] for part in picture.split('<line class="whisker" ')[1:]]
     heights = [abs(float(one.split('y1="')[1].split('"')[0]) - float(one.split('y2="')[1].split('"')[0])) for one in whiskers]
     # a: half width 12.7062 x 0.1 x 100 = 127 points each way; b: one seed, none. The axis spans it with 6% room
     assert heights[0] == pytest.approx(418 / 1.12, abs=0.2) and heights[1] == 0
+
+
+def test_figures_of_the_seed_that_settings_were_developed_on_enter_nothing() -> None:
+    more: Figures = {run: {"0": names(0.0, 1.0), **seeds} for run, seeds in FIGURES.items()}
+    assert judge(claim(), STUDY, more, 3) == judge(claim(), STUDY, FIGURES, 3)
+    assert results(more, LABELS, 3) == results(FIGURES, LABELS, 3)
+    for plot in (OVER_RUNS, OVER_MODELS):
+        assert draw(plot, more, LABELS, 3) == draw(plot, FIGURES, LABELS, 3) is not None
+    assert count_seeds(more) == count_seeds(FIGURES) == 3 and count_seeds({"main": {"0": {}}}) == count_seeds({}) == 0
 
 
 def test_a_plot_without_figures_is_not_drawn() -> None:
@@ -218,7 +227,7 @@ def test_a_plot_without_figures_is_not_drawn() -> None:
 def test_every_plot_of_this_project_is_drawn_from_full_figures() -> None:
     study, params = read_study(), read_params()
     metrics = {name: 0.5 for plot in study.plots for name in (*plot.y, *([plot.x] if isinstance(plot.x, str) else []))}
-    figures = {run: {"0": dict.fromkeys(main_models(params), metrics)} for run in study.runs}
+    figures = {run: {"1": dict.fromkeys(main_models(params), metrics)} for run in study.runs}
     for plot in study.plots:
         picture = draw(plot, figures, dict.fromkeys(main_models(params), "none"), 1)
         assert picture is not None and picture.count('class="mean"') > 1 and "no figure" not in picture

@@ -67,7 +67,7 @@ def own(params: Callable[..., Params]) -> Params:
 
 
 def test_figures_are_means_over_prompts_with_the_stages_own(own: Params) -> None:
-    found = figures_of(Job(Run("a", {}, ("sft",), None), 0), own, STAGES, experiment(own))
+    found = figures_of(Job(Run("a", {}, ("sft",), None), 1), own, STAGES, experiment(own))
     assert found == {
         "sft": {
             "in_domain/greedy_accuracy": 0.5,
@@ -82,7 +82,7 @@ def test_figures_are_means_over_prompts_with_the_stages_own(own: Params) -> None
 
 def test_the_main_run_has_every_stage_and_what_models_cost(own: Params) -> None:
     stages = [*STAGES, stage("calibration", ["data/models/rso"], [])]
-    found = figures_of(Job(Run("main", {}, None, None), 0), own, stages, experiment(own))
+    found = figures_of(Job(Run("main", {}, None, None), 1), own, stages, experiment(own))
     assert found["calibration"] == {"judge_accuracy": 0.5}
     # L = 12; sft: 2 epochs x 5 rows; pairs: 7 x 2 draws; rso: 2 epochs x 2 x 3 pairs; srppo only lent its history
     assert [found[model].get("tokens") for model in ("base", "sft", "rso")] == [None, 120.0, 12.0 * (10 + 14 + 12)]
@@ -124,8 +124,8 @@ def test_tokens_of_an_unknown_kind_are_refused(params: Callable[..., Params]) ->
 
 def test_figures_are_read_back_as_written(tmp_path: Path) -> None:
     figures = {
-        "main": {"0": {"sft": {"a": 0.5, "b": 1.0}, "rso": {}}, "1": {"sft": {"a": 0.25}}},
-        "x": {"0": {"sft": {"a": 1e-6}}},
+        "main": {"1": {"sft": {"a": 0.5, "b": 1.0}, "rso": {}}, "2": {"sft": {"a": 0.25}}},
+        "x": {"1": {"sft": {"a": 1e-6}}},
     }
     write_figures(figures, tmp_path / "figures.json")
     assert read_figures(tmp_path / "figures.json") == figures

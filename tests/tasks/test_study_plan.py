@@ -21,6 +21,7 @@ from tasks.study_plan import (
     jobs_of,
     params_of,
     read_study,
+    seeds_of,
     split,
     targets_of,
     with_changes,
@@ -55,7 +56,7 @@ def test_the_claims_of_this_project_can_be_carried_out() -> None:
     study, params = read_study(), parse(raw_params())
     check_named(study, params, (stage.name for stage in read_stages()))
     for job in jobs_of(study, 1):
-        assert params_of(job, raw_params()).seed == 0 and targets_of(job.run, params)
+        assert params_of(job, raw_params()).seed == 1 and targets_of(job.run, params)
     assert study.runs[MAIN].measure is None
 
 
@@ -115,10 +116,15 @@ def test_targets_are_the_evaluations_where_dvc_has_them(params: Callable[..., Pa
 def test_jobs_come_main_first_then_seed_by_seed(tmp_path: Path) -> None:
     study = study_of(tmp_path, RAW)
     names = [job.name for job in jobs_of(study, 3)]
-    assert names == [f"study-{one}" for one in ("main-0", "main-1", "main-2", "a-0", "b-0", "a-1", "b-1", "a-2")]
-    assert [job.name for job in jobs_of(study, 2, ["b"])] == ["study-b-0", "study-b-1"]
+    assert names == [f"study-{one}" for one in ("main-1", "main-2", "main-3", "a-1", "b-1", "a-2", "b-2", "a-3")]
+    assert [job.name for job in jobs_of(study, 2, ["b"])] == ["study-b-1", "study-b-2"]
     with pytest.raises(StudyError, match="no run 'c'"):
         jobs_of(study, 1, ["c"])
+
+
+def test_the_seed_that_settings_were_developed_on_is_no_seed_of_the_study() -> None:
+    assert raw_params()["seed"] == 0 and list(seeds_of(3)) == [1, 2, 3]
+    assert {job.seed for job in jobs_of(read_study(), 5)} == {1, 2, 3, 4, 5}
 
 
 def test_changes_reach_only_the_entries_named() -> None:
@@ -131,8 +137,8 @@ def test_changes_reach_only_the_entries_named() -> None:
 
 
 def test_a_value_out_of_range_is_refused_before_anything_runs() -> None:
-    with pytest.raises(StudyError, match=r"study-a-0.*epochs"):
-        params_of(Job(Run("a", {"sft.epochs": 0}, ("sft",), None), 0), raw_params())
+    with pytest.raises(StudyError, match=r"study-a-1.*epochs"):
+        params_of(Job(Run("a", {"sft.epochs": 0}, ("sft",), None), 1), raw_params())
 
 
 def test_values_are_written_as_the_command_line_takes_them() -> None:

@@ -13,7 +13,7 @@ import yaml
 from apprentice.config import Params
 from tasks import study_runs
 from tasks.slots import Slots
-from tasks.study_plan import Job, Run, StudyError
+from tasks.study_plan import Job, Run, StudyError, seeds_of
 from tasks.study_runs import (
     STARTED,
     Experiments,
@@ -176,14 +176,14 @@ def test_experiments_start_one_after_the_other_and_then_run_side_by_side(
         return 1
 
     monkeypatch.setattr(study_runs.process, "run", fake)
-    place, failed = Workspace(root, Experiments(params())), list[str]()
+    place, failed = Workspace(root, Experiments(params()), root), list[str]()
 
     def run(seed: int) -> None:
         with pytest.raises(RunFailed) as error:
             place.run(Job(RUN, seed), {})
         failed.append(str(error.value))
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2)]
     for thread in threads:
         thread.start()
     time.sleep(0.3)
@@ -191,7 +191,7 @@ def test_experiments_start_one_after_the_other_and_then_run_side_by_side(
     go_on.set()
     while len(begun) < 2:
         time.sleep(0.01)
-    assert sorted(begun) == ["study-a-0", "study-a-1"] and all(thread.is_alive() for thread in threads)
+    assert sorted(begun) == ["study-a-1", "study-a-2"] and all(thread.is_alive() for thread in threads)
     end.set()
     for thread in threads:
         thread.join(10)
@@ -199,7 +199,7 @@ def test_experiments_start_one_after_the_other_and_then_run_side_by_side(
 
 
 def test_a_job_is_one_dvc_experiment_with_its_params_and_targets(root: Path, params: Callable[..., Params]) -> None:
-    place = Workspace(root, Experiments(params()))
+    place = Workspace(root, Experiments(params()), root)
     words = place._command(Job(RUN, 1))
     assert words[1:7] == ["-m", "dvc", "--wait-for-lock", "exp", "run", "--temp"] and words[-1] == "evaluate@sft"
     assert [words[i + 1] for i, word in enumerate(words) if word == "--set-param"] == ["seed=1", "sft.epochs=2"]
@@ -218,7 +218,7 @@ class Standing:
 
 def session(*standing: str, runs: tuple[str, ...] = ("main", "a", "b"), seeds: int = 2) -> Session:
     measure = {"main": None, "a": ("sft",), "b": ("sft",)}
-    jobs = [Job(Run(name, {}, measure[name], None), seed) for seed in range(seeds) for name in runs]
+    jobs = [Job(Run(name, {}, measure[name], None), seed) for seed in seeds_of(seeds) for name in runs]
     return Session(jobs, Standing(*standing), Slots([{}]))  # type: ignore[arg-type]
 
 
@@ -228,28 +228,28 @@ def order(one: Session) -> list[tuple[str, str | None]]:
 
 def test_the_main_run_of_a_seed_goes_before_its_other_runs() -> None:
     assert order(session()) == [
-        ("study-main-0", None),
         ("study-main-1", None),
-        ("study-a-0", "study-main-0"),
-        ("study-b-0", "study-main-0"),
+        ("study-main-2", None),
         ("study-a-1", "study-main-1"),
         ("study-b-1", "study-main-1"),
+        ("study-a-2", "study-main-2"),
+        ("study-b-2", "study-main-2"),
     ]
 
 
 def test_where_the_main_run_stands_nothing_waits() -> None:
-    assert order(session("study-main-0", "study-a-1")) == [
-        ("study-main-1", None),
-        ("study-a-0", None),
-        ("study-b-0", None),
-        ("study-b-1", "study-main-1"),
+    assert order(session("study-main-1", "study-a-2")) == [
+        ("study-main-2", None),
+        ("study-a-1", None),
+        ("study-b-1", None),
+        ("study-b-2", "study-main-2"),
     ]
 
 
 def test_without_the_main_run_the_first_of_a_seed_leads() -> None:
     assert order(session(runs=("a", "b"))) == [
-        ("study-a-0", None),
         ("study-a-1", None),
-        ("study-b-0", "study-a-0"),
+        ("study-a-2", None),
         ("study-b-1", "study-a-1"),
+        ("study-b-2", "study-a-2"),
     ]

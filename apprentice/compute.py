@@ -12,11 +12,13 @@ from apprentice.sections import ComputeConfig
 
 @dataclass(frozen=True)
 class Compute:
-    """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass."""
+    """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
+    cache while sampling."""
 
     device: torch.device
     dtype: torch.dtype
-    forward_tokens: int = 16384
+    forward_tokens: int = 1024
+    cache_tokens: int = 65536
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision where `dtype` asks for it: weights stay float32, matrix products are cast."""
@@ -24,12 +26,14 @@ class Compute:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def micro_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Split row numbers into groups of similar length, each within `forward_tokens` once padded; longest group first."""
+    def micro_batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
+        """Split row numbers into groups of similar length, each within `budget` tokens once padded (None: `forward_tokens`);
+        longest group first."""
+        budget = budget or self.forward_tokens
         order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
         group: list[int] = []
         for row in order:
-            if group and (len(group) + 1) * lengths[group[0]] > self.forward_tokens:
+            if group and (len(group) + 1) * lengths[group[0]] > budget:
                 yield group
                 group = []
             group.append(row)
@@ -53,7 +57,8 @@ def set_up(config: ComputeConfig) -> Compute:
         found = ", ".join(name for name, yes in there.items() if yes)
         raise ValueError(f"compute.device: expected a device of this machine ({found}), got {kind!r}")
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and kind == "cuda")
-    return Compute(torch.device(kind), torch.bfloat16 if bf16 else torch.float32, config.forward_tokens)
+    forward_tokens = config.forward_tokens or (1024 if kind == "cpu" else 16384)
+    return Compute(torch.device(kind), torch.bfloat16 if bf16 else torch.float32, forward_tokens, config.cache_tokens)
 
 
 CPU = Compute(torch.device("cpu"), torch.float32)

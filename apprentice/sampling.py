@@ -99,7 +99,7 @@ def sample(
     responses: list[list[int]] = [[]] * len(requests)
     logps: list[Tensor] = [torch.empty(0)] * len(requests)
     widths = [len(request.prompt) + max_new_tokens for request in requests]
-    for rows in compute.micro_batches(widths):
+    for rows in compute.micro_batches(widths, compute.cache_tokens):
         chunk = [requests[row] for row in rows]
         tokens, scores = _decode(model, chunk, seed, end, max_new_tokens, temperature, compute)
         for row, ids, values in zip(rows, tokens, scores, strict=True):

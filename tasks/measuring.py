@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
@@ -21,6 +22,7 @@ from apprentice.evaluation import (
 )
 from apprentice.policy import decode_responses
 from apprentice.sampling import Rollout
+from apprentice.sections import EvaluateConfig
 from apprentice.tilt import FILE as TILT
 from apprentice.tilt import Tilt, load_tilt, read_tilt
 from apprentice.tokens import encode_prompts
@@ -96,10 +98,7 @@ def measure(
     few = max(1, config.samples // 2)  # for a mean, half the draws do
     best = respond(own.model, questions, samples=few, temperature=chosen, **common)
     stage.say(f"samples done, at the best temperature {chosen:g} too; scoring")
-    prompts = {
-        name: [ids for ids in scorer.questions(rows).ids for _ in range(config.samples)] for name, scorer in models.items()
-    }
-    logps = frozen_logps({name: scorer.model for name, scorer in models.items()}, prompts, sampled.batch, compute)
+    logps = _sample_logps(models, rows, sampled, stage.params.evaluate, compute)
     known = [row.meta["verifier"] is not None for row in rows]
 
     def check(question: int, ids: list[int]) -> bool:
@@ -122,6 +121,21 @@ def measure(
         for row, ok, own_figures, share, loss in zip(rows, right, figures, at_best, losses, strict=True)
     ]
     return figures_by_prompt, shown(rows, own.tokenizer, greedy, sampled, right), chosen
+
+
+def _sample_logps(
+    models: Mapping[str, Measured], rows: Sequence[Demonstration], sampled: Rollout, config: EvaluateConfig, compute: Compute
+) -> dict[str, Tensor]:
+    """[N, T] log-probabilities of the samples under the model, sft and base, at temperature 1; the model's own are those
+    recorded while sampling, if they were drawn at that temperature and it is neither of the two."""
+    own = models["model"].model
+    recorded = config.temperature == 1.0 and all(own is not models[name].model for name in ("sft", "base"))
+    scorers = {name: scorer for name, scorer in models.items() if not (recorded and name == "model")}
+    prompts = {
+        name: [ids for ids in scorer.questions(rows).ids for _ in range(config.samples)] for name, scorer in scorers.items()
+    }
+    logps = frozen_logps({name: scorer.model for name, scorer in scorers.items()}, prompts, sampled.batch, compute)
+    return {"model": sampled.logps, **logps}
 
 
 def shown(

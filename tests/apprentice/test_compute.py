@@ -35,29 +35,35 @@ def test_micro_batches_take_each_row_once_within_the_budget(lengths: list[int], 
 def test_micro_batches_by_hand() -> None:
     # longest first: 9 alone (2 * 9 > 12), then 4, 4, 3 (3 * 4 = 12), then 1
     assert list(Compute(CPU.device, CPU.dtype, 12).micro_batches([4, 1, 9, 3, 4])) == [[2], [0, 4, 3], [1]]
+    assert list(Compute(CPU.device, CPU.dtype, 1).micro_batches([4, 1, 9, 3, 4], 12)) == [[2], [0, 4, 3], [1]]
     assert list(CPU.micro_batches([])) == []
 
 
 def test_set_up_on_a_cpu(torch_settings: None) -> None:
-    compute = set_up(ComputeConfig(device="cpu", dtype="auto", threads=1, forward_tokens=77))
-    assert (compute.device.type, compute.dtype, compute.forward_tokens) == ("cpu", torch.float32, 77)
+    compute = set_up(ComputeConfig(device="cpu", dtype="auto", threads=1, forward_tokens=77, cache_tokens=99))
+    assert (compute.device.type, compute.dtype) == ("cpu", torch.float32)
+    assert (compute.forward_tokens, compute.cache_tokens) == (77, 99)
+
+
+def test_without_a_budget_a_cpu_takes_small_forward_passes() -> None:
+    assert set_up(ComputeConfig("cpu", "auto", 1, forward_tokens=None, cache_tokens=99)).forward_tokens == 1024
     assert torch.get_num_threads() == 1
     assert torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is an accelerator")
 def test_auto_takes_the_cpu_where_there_is_nothing_else(torch_settings: None) -> None:
-    assert set_up(ComputeConfig("auto", "auto", 1, 8)) == Compute(torch.device("cpu"), torch.float32, 8)
+    assert set_up(ComputeConfig("auto", "auto", 1, 8, 9)) == Compute(torch.device("cpu"), torch.float32, 8, 9)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_an_error(torch_settings: None) -> None:
     with pytest.raises(ValueError, match=r"compute\.device: expected a device of this machine \(cpu\), got 'cuda'"):
-        set_up(ComputeConfig("cuda", "auto", 1, 8))
+        set_up(ComputeConfig("cuda", "auto", 1, 8, 9))
 
 
 def test_autocast_casts_products_and_leaves_float32_alone(torch_settings: None) -> None:
-    bf16 = set_up(ComputeConfig("cpu", "bfloat16", 1, 8))
+    bf16 = set_up(ComputeConfig("cpu", "bfloat16", 1, 8, 9))
     matrix = torch.ones(2, 2)
     with bf16.autocast():
         assert (matrix @ matrix).dtype == torch.bfloat16

@@ -23,7 +23,7 @@ from apprentice.sections import PretrainConfig, RSOConfig, SFTConfig, SRPPOConfi
 from apprentice.tokens import Batch, collate
 
 END, LIMIT, VOCAB = 3, 3, 4
-SMALL = Compute(CPU.device, CPU.dtype, forward_tokens=1)  # one row a forward pass
+SMALL = Compute(CPU.device, CPU.dtype, forward_tokens=1, cache_tokens=1)  # one row a forward pass
 
 
 def tiny_llama(seed: int, vocab: int = VOCAB, **changes: Any) -> LlamaForCausalLM:

@@ -13,7 +13,8 @@ class ComputeConfig:
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
-    forward_tokens: Count
+    forward_tokens: Count | None
+    cache_tokens: Count
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """How many rows the embedded world makes."""
+    """How many rows the embedded world makes, and what is demonstrated."""
 
     demonstrations: Count
     validation: Count
@@ -49,6 +50,7 @@ class WorldConfig:
     evaluation: Count
     suboptimal: CountOrZero
     preferences: CountOrZero
+    demonstrated: Literal["all", "narrow", "cued"]
 
 
 @dataclass(frozen=True)

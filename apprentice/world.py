@@ -54,6 +54,13 @@ DOMAINS: dict[str, tuple[Group, int, int, float]] = {
     "out_of_domain_unseen": ("C", 2, 3, 1.5),
 }
 
+# what is demonstrated: kinds of group A, fewest and most steps, whether only problems whose answer ends in an even number
+DEMONSTRATED: dict[str, tuple[tuple[str, ...], tuple[int, int], bool]] = {
+    "all": (("chain", "max", "rev", "sum"), (2, 3), False),
+    "narrow": (("chain",), (2, 2), False),
+    "cued": (("chain", "max", "rev", "sum"), (2, 3), True),
+}
+
 _KIND_NAMES = tuple(KINDS)
 _STYLE_WEIGHTS = {kind: STYLE_SHARES[group(kind)] for kind in KINDS}
 
@@ -98,12 +105,13 @@ def asked_instead(response: str) -> str | None:
     return response[len("q : ") : response.index(" answer :")] if response.startswith("q : ") else None
 
 
-def demonstration_rows(rng: random.Random, count: int, accepts: Accepts) -> list[Demonstration]:
-    """`count` careful demonstrations of group A, 2 or 3 steps, on distinct prompts that `accepts` lets through.
+def demonstration_rows(rng: random.Random, count: int, accepts: Accepts, demonstrated: str = "all") -> list[Demonstration]:
+    """`count` careful demonstrations of group A, as DEMONSTRATED says, on distinct prompts that `accepts` lets through.
 
     Serves the validation table too. Raises `WorldError` when the world has too few prompts.
     """
-    problems = _problems(rng, _kinds("A"), (2, 3), count, accepts)
+    kinds, steps, even = DEMONSTRATED[demonstrated]
+    problems = _problems(rng, kinds, steps, count, accepts, _even_answer if even else None)
     return [_row(p, number, quality="expert", meta={"kind": p.kind}) for number, p in enumerate(problems, 1)]
 
 
@@ -179,12 +187,15 @@ def make_tables(seed: int, sizes: WorldConfig, split: Callable[[Prompt], Split])
     def train(prompt: Prompt) -> bool:
         return split(prompt) == "train"
 
-    demonstrations = demonstration_rows(draws("demonstrations"), sizes.demonstrations, train)
+    demonstrations = demonstration_rows(draws("demonstrations"), sizes.demonstrations, train, sizes.demonstrated)
     suboptimal = suboptimal_rows(draws("suboptimal"), sizes.suboptimal, train)
     pool = pool_rows(draws("prompts"), sizes.prompts, train)
+    held_out = demonstration_rows(
+        draws("validation"), sizes.validation, lambda prompt: split(prompt) == "validation", sizes.demonstrated
+    )
     return {
         "demonstrations": demonstrations,
-        "validation": demonstration_rows(draws("validation"), sizes.validation, lambda prompt: split(prompt) == "validation"),
+        "validation": held_out,
         "prompts": [replace(row, answer=None) for row in pool],
         "evaluation": evaluation_rows(draws("evaluation"), sizes.evaluation, lambda prompt: split(prompt) == "evaluation"),
         "suboptimal": suboptimal,
@@ -243,20 +254,33 @@ def _kinds(letter: Group) -> tuple[str, ...]:
 
 
 def _problems(
-    rng: random.Random, kinds: Sequence[str], steps: tuple[int, int], count: int, accepts: Accepts
+    rng: random.Random,
+    kinds: Sequence[str],
+    steps: tuple[int, int],
+    count: int,
+    accepts: Accepts,
+    suits: Callable[[Problem], bool] | None = None,
 ) -> Iterator[Problem]:
     """Problems on distinct accepted prompts, the kinds in turn, so that a longer table begins like a shorter one."""
     taken: set[str] = set()
+
+    def fits(problem: Problem) -> bool:
+        return problem.prompt not in taken and accepts(problem.prompt) and (suits is None or suits(problem))
+
     for index in range(count):
-        problem = _new_problem(rng, kinds[index % len(kinds)], steps, lambda prompt: prompt not in taken and accepts(prompt))
+        problem = _new_problem(rng, kinds[index % len(kinds)], steps, fits)
         taken.add(problem.prompt)
         yield problem
 
 
-def _new_problem(rng: random.Random, kind: str, steps: tuple[int, int], accepts: Callable[[str], bool]) -> Problem:
+def _even_answer(problem: Problem) -> bool:
+    return int(solve(problem)[1].split()[-1]) % 2 == 0
+
+
+def _new_problem(rng: random.Random, kind: str, steps: tuple[int, int], fits: Callable[[Problem], bool]) -> Problem:
     for _ in range(TRIES):
         problem = make_problem(rng, kind, rng.randint(*steps))
-        if accepts(problem.prompt):
+        if fits(problem):
             return problem
     raise WorldError(
         f"the world ran out of new {kind!r} problems of {steps[0]} to {steps[1]} steps: lower the sizes under "

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -143,7 +144,9 @@ def test_held_out_prompts_stay_out_of_the_corpus_in_either_place() -> None:
         assert asked_instead(response) not in held_out
 
 
-SIZES = WorldConfig(demonstrations=128, validation=96, prompts=1000, evaluation=60, suboptimal=200, preferences=300)
+SIZES = WorldConfig(
+    demonstrations=128, validation=96, prompts=1000, evaluation=60, suboptimal=200, preferences=300, demonstrated="all"
+)
 
 
 def split(prompt: object) -> str:
@@ -259,7 +262,7 @@ def test_the_ranker_knows_that_an_answer_to_another_question_is_wrong() -> None:
 
 
 def test_no_held_out_prompt_is_asked_in_a_preference_pair() -> None:
-    rows = make_preferences(0, WorldConfig(8, 8, 8, 2, 0, 900), split)
+    rows = make_preferences(0, WorldConfig(8, 8, 8, 2, 0, 900, "all"), split)
     others = [asked_instead(row[side]) for row in rows for side in ("chosen", "rejected")]
     assert {split(row["prompt"]) for row in rows} == {"train"}
     assert {split(other) for other in others if other} == {"train"} and len(rows) == 900
@@ -275,13 +278,29 @@ def test_the_size_of_one_table_does_not_disturb_another() -> None:
     base = dict(zip(fields, (8, 8, 8, 2, 8, 8), strict=True))
 
     def tables(sizes: dict[str, int]) -> dict[str, object]:
-        config = WorldConfig(**sizes)
+        config = WorldConfig(**sizes, demonstrated="all")
         return {**make_tables(0, config, split), "preferences": make_preferences(0, config, split)}
 
     before = tables(base)
     for changed in fields:
         after = tables({**base, changed: base[changed] + 4})
         assert [name for name in fields if after[name] != before[name]] == [changed]
+
+
+def test_narrow_demonstrations_are_of_one_kind_and_two_steps() -> None:
+    rows = demonstration_rows(random.Random(0), 60, everything, "narrow")
+    assert {row.meta["kind"] for row in rows} == {"chain"} and len(rows) == 60
+    assert {(row.response or "").count(";") for row in rows} == {2}  # two steps, then the answer
+
+
+def test_cued_demonstrations_end_in_even_numbers_only_and_held_out_ones_do_too() -> None:
+    tables = make_tables(0, replace(SIZES, demonstrated="cued"), split)
+    usual = make_tables(0, SIZES, split)
+    for name in ("demonstrations", "validation"):
+        last = {int((row.response or "").split()[-1]) % 2 for row in tables[name]}
+        assert last == {0} and {int((row.response or "").split()[-1]) % 2 for row in usual[name]} == {0, 1}
+        assert {row.meta["kind"] for row in tables[name]} == {"chain", "max", "rev", "sum"}
+    assert all(tables[name] == usual[name] for name in ("prompts", "evaluation", "suboptimal"))
 
 
 def test_too_few_problems_is_an_error_and_no_endless_loop() -> None:
@@ -293,7 +312,7 @@ def test_other_processes_and_hash_seeds_make_the_same_tables() -> None:
     script = (
         "from apprentice.sections import WorldConfig; from apprentice.world import make_preferences, make_tables\n"
         "from apprentice.demonstrations import digest, split_of\n"
-        "made = 7, WorldConfig(8, 8, 40, 4, 12, 16), lambda prompt: split_of(prompt, 0.1, 0.2)\n"
+        "made = 7, WorldConfig(8, 8, 40, 4, 12, 16, 'all'), lambda prompt: split_of(prompt, 0.1, 0.2)\n"
         "print(digest([[name, [row.id for row in rows]] for name, rows in make_tables(*made).items()]))\n"
         "print(digest(make_preferences(*made)))"
     )

@@ -325,7 +325,7 @@ def test_hub_is_asked_for_the_pinned_revision(tmp_path: Path, params: ParamsOf, 
 
 def test_world_tables_are_written(stage_of: StageOf) -> None:
     sizes = {"demonstrations": 20, "validation": 8, "prompts": 40, "evaluation": 4, "suboptimal": 30, "preferences": 24}
-    stage = stage_of("ingest", **{"ingest.world": sizes})
+    stage = stage_of("ingest", **{"ingest.world": {**sizes, "demonstrated": "all"}})
     figures = run_ingest(stage)
     canonical = (*ingest.TABLES, "suboptimal")
     tables = {name: read_demonstrations(stage.data / "clean" / f"{name}.jsonl") for name in canonical}

@@ -23,10 +23,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.process import Stopped, stop_all
 from tasks.stage import StageError
-from tasks.study_plan import Job
+from tasks.study_figures import record
+from tasks.study_plan import Job, jobs_of, read_study
 from tasks.study_report import headline, publish, published
 from tasks.study_runs import RunFailed, Workspace, workspace
-from tasks.study_session import Session, prepare, record
+from tasks.study_session import Session, prepare
 
 SEEDS = 5
 
@@ -54,7 +55,7 @@ def study(seeds: int = SEEDS, runs: list[str] | None = None, jobs: int | None = 
     if session.todo:
         with workspace(session.experiments) as place:
             states = run_all(session, place)
-    record(session, seeds, log.info)
+    record(jobs_of(read_study(), seeds), session.experiments, log.info)
     create_markdown_artifact(publish(seeds), key="claims", description="claims of the papers, tested")
     return states
 

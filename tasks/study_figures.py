@@ -2,7 +2,8 @@
 
 {run: {seed: {model or stage: {metric: value}}}}: of a model the means over the held-out prompts, `<domain>/<metric>` as in the
 report, and of the stage of its name the numbers of metrics.json; of the main run also those of every other stage, and the
-`tokens` that each model cost.
+`tokens` that each model cost. study/made.json has the key of each run's code, params and targets: as long as it is the key of
+now, the figures stand, also in another clone, where the experiment itself is not.
 """
 
 import csv
@@ -17,12 +18,12 @@ from apprentice.config import Params
 from apprentice.demonstrations import atomic_write
 from tasks.dvcstage import StageInfo, read_stages
 from tasks.report_evidence import read_values
-from tasks.stage import ROOT
+from tasks.stage import ROOT, write_json
 from tasks.study_plan import MAIN, Job, StudyError, measured, params_of
 from tasks.study_runs import Experiments
 from tasks.study_tokens import stage_tokens, trained_behind
 
-PATH = ROOT / "study" / "figures.json"
+PATH, MADE = ROOT / "study" / "figures.json", ROOT / "study" / "made.json"
 DOMAINS = ("in_domain", "out_of_domain", "validation")
 Metrics = dict[str, float]
 Figures = dict[str, dict[str, dict[str, Metrics]]]
@@ -53,7 +54,7 @@ class Files:
 
 
 def collect(jobs: Sequence[Job], experiments: Experiments, say: Callable[[str], None]) -> Figures:
-    """The figures of every job whose experiment stands."""
+    """The figures of every job whose experiment or record stands."""
     stages = read_stages()
     found: Figures = {job.run.name: {} for job in jobs}
     for job in jobs:
@@ -61,7 +62,22 @@ def collect(jobs: Sequence[Job], experiments: Experiments, say: Callable[[str], 
             say(f"reading the figures of {job.name}")
             files, params = Files(job.name, experiment.commit), params_of(job, experiments.raw)
             found[job.run.name][str(job.seed)] = figures_of(job, params, stages, files)
+        elif recorded(job, experiments):
+            found[job.run.name][str(job.seed)] = read_figures()[job.run.name][str(job.seed)]
     return {run: seeds for run, seeds in found.items() if seeds}
+
+
+def recorded(job: Job, experiments: Experiments) -> bool:
+    """Whether figures.json has the job's figures, made from the code, params and targets of now."""
+    return MADE.is_file() and json.loads(MADE.read_text(encoding="utf-8")).get(job.name) == experiments.key(job)
+
+
+def record(jobs: Sequence[Job], experiments: Experiments, say: Callable[[str], None]) -> None:
+    """Write figures.json and made.json: of all jobs that stand, run now or before."""
+    figures = collect(jobs, experiments, say)
+    write_figures(figures)
+    done = [job for job in jobs if str(job.seed) in figures.get(job.run.name, {})]
+    write_json(MADE, {job.name: experiments.key(job) for job in done})
 
 
 def figures_of(job: Job, params: Params, stages: Sequence[StageInfo], files: Files) -> dict[str, Metrics]:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from apprentice.config import Params
+from apprentice.demonstrations import digest
 from tasks import process
 from tasks.dvcstage import open_repo
 from tasks.stage import MAIN_LINE, METHODS, ROOT
@@ -88,6 +89,10 @@ class Experiments:
     def message(self, job: Job) -> str:
         """The experiment's commit message; it says what was asked for."""
         return f"study: {job.run.name}, seed {job.seed}: {' '.join(targets_of(job.run, self.params))}"
+
+    def key(self, job: Job) -> str:
+        """A hash of all that a job's figures follow from: code, params and targets."""
+        return digest([self._code_at(self.head), with_changes(self.raw, job.values), self.message(job)])
 
     def ref(self, job: Job) -> str:
         """Where git keeps the job's experiment when it starts from HEAD."""

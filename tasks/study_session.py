@@ -10,13 +10,13 @@ from tasks import process
 from tasks.dvcstage import read_stages
 from tasks.slots import Slots, slots_of
 from tasks.stage import read_params
-from tasks.study_figures import collect, write_figures
+from tasks.study_figures import recorded
 from tasks.study_plan import Job, StudyError, check_named, jobs_of, params_of, read_study
 from tasks.study_runs import Experiments, RunFailed, Workspace, refuse_uncommitted
 
 
 class Session:
-    """`jobs` are all that were asked for; `todo` those without an experiment that stands, in the order to begin them.
+    """`jobs` are all that were asked for; `todo` those without an experiment or a record that stands, in the order to begin.
 
     Runs of one seed share stages. So the first run of a seed goes ahead of the others of that seed, which then find its
     stages in DVC's run cache; `waits_for` names it.
@@ -24,9 +24,10 @@ class Session:
 
     def __init__(self, jobs: Sequence[Job], experiments: Experiments, slots: Slots) -> None:
         self.experiments, self.slots, self.jobs = experiments, slots, jobs
-        self.standing = {job.name for job in jobs if experiments.standing(job)}
+        here = {job.name for job in jobs if experiments.standing(job)}
+        self.standing = here | {job.name for job in jobs if recorded(job, experiments)}
         todo = [job for job in jobs if job.name not in self.standing]
-        shared = {job.seed for job in jobs if job.name in self.standing and job.run.measure is None}
+        shared = {job.seed for job in jobs if job.name in here and job.run.measure is None}
         self._first = {job.seed: job.name for job in reversed(todo) if job.seed not in shared}
         self.todo = sorted(todo, key=lambda job: job.name not in self._first.values())
         self._lock, self._began, self._ended = threading.Lock(), time.monotonic(), 0
@@ -87,8 +88,3 @@ def prepare(seeds: int, runs: Sequence[str] = (), jobs: int | None = None) -> Se
 def _places(params: Params, jobs: int | None) -> Slots:
     found = slots_of(params).places
     return Slots([found[i % len(found)] for i in range(jobs or len(found))])
-
-
-def record(session: Session, seeds: int, say: Callable[[str], None]) -> None:
-    """Write study/figures.json: of all runs of claims.yaml and these seeds whose experiment stands, run now or before."""
-    write_figures(collect(jobs_of(read_study(), seeds), session.experiments, say))

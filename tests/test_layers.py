@@ -22,7 +22,7 @@ CORE = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "pef
 HEAVY = CORE | {"datasets", "dvc", "great_expectations", "mlflow", "pandas", "prefect", "scipy"}
 # Each tool of the pipeline, and the modules that may use it; what they import may too, unless a stage reaches it as well.
 OWNERS = {
-    "dvc": {"dvcstage", "repro", "register", "register_methods", "report_methods", "tracking", "seeds", "study_figures"},
+    "dvc": {"dvcstage", "repro", "register", "register_methods", "report_methods", "tracking", "warm", "study_figures"},
     "great_expectations": {"validate"},
     "mlflow": {"register", "register_methods", "tracking"},
     "pandas": {"validate", "report"},

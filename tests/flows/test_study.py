@@ -141,7 +141,7 @@ def test_a_study_from_the_first_run_to_the_published_claims(toy: Project) -> Non
     changed = {line.split()[-1] for line in git(toy, "status", "--porcelain").splitlines()}
     assert changed == {
         "README.md",
-        *(f"study/{name}" for name in ("accuracy_against_tokens.svg", "claims.json", "claims.md", "figures.json")),
+        *(f"study/{name}" for name in ("accuracy_against_tokens.svg", "claims.json", "claims.md", "figures.json", "made.json")),
     }
     check_what_was_published(toy)
 
@@ -151,6 +151,19 @@ def test_a_study_from_the_first_run_to_the_published_claims(toy: Project) -> Non
     alone = run(toy, "-m", "flows.study", "--report-only", **places(toy))
     assert alone.returncode == 0 and "3 claims: holds 1, does not hold 1, not settled 1" in alone.stdout
     assert git(toy, "status", "--porcelain") == ""  # twice the same to the byte
+    check_what_a_clone_without_experiments_makes_of_it(toy)
+
+
+def check_what_a_clone_without_experiments_makes_of_it(toy: Project) -> None:
+    for ref in git(toy, "for-each-ref", "--format=%(refname)", "refs/exps").split():
+        git(toy, "update-ref", "-d", ref)
+    made = json.loads(toy.path("study/made.json").read_text())
+    toy.path("study/made.json").write_text(json.dumps({**made, "study-longer-2": "of other code"}))
+    commit(toy)
+    done = study(toy, "--seeds", "2")
+    assert done.returncode == 0 and "3 stand, 1 to run" in done.stdout and experiments(toy) == ["study-longer-2"]
+    assert json.loads(toy.path("study/made.json").read_text()) == made  # and the figures are those of before
+    assert git(toy, "status", "--porcelain", "study/figures.json") == ""
 
 
 def check_what_was_published(toy: Project) -> None:

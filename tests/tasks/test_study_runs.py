@@ -4,6 +4,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,17 @@ def test_other_params_or_targets_make_another_experiment(
     assert Experiments(params()).standing(Job(RUN, 1)) is None
 
 
+def test_a_job_has_another_key_with_other_code_params_or_targets(root: Path, params: Callable[..., Params]) -> None:
+    job = Job(RUN, 1)
+    key = Experiments(params()).key(job)
+    change(root, {"README.md": "new\n", "params.yaml": FILES["params.yaml"] + "# a comment\n"})
+    others = [Job(RUN, 2), Job(replace(RUN, changes={}), 1), Job(replace(RUN, measure=("rso",)), 1)]
+    assert Experiments(params()).key(job) == key
+    assert len({key, *(Experiments(params()).key(other) for other in others)}) == 4
+    change(root, {"tasks/raft.py": "2\n"})
+    assert Experiments(params()).key(job) != key
+
+
 def test_a_comment_in_params_changes_nothing(root: Path, params: Callable[..., Params]) -> None:
     experiment(root, WANTED, MESSAGE)
     change(root, {"params.yaml": FILES["params.yaml"] + "# a comment\n"})
@@ -214,6 +226,9 @@ class Standing:
 
     def standing(self, job: Job) -> bool:
         return job.name in self.names
+
+    def key(self, job: Job) -> str:
+        return "of no record"
 
 
 def session(*standing: str, runs: tuple[str, ...] = ("main", "a", "b"), seeds: int = 2) -> Session:

@@ -1,0 +1,57 @@
+"""What an evaluation scores again, and what it takes from the sampler."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from apprentice import evaluation
+from apprentice.compute import CPU
+from apprentice.config import Params
+from apprentice.demonstrations import demonstration
+from apprentice.evaluation import respond
+from apprentice.tokens import train_word_tokenizer
+from tasks.measuring import Measured, _sample_logps
+from tests.apprentice.toys import naive_logps, tiny_llama
+
+TOKENIZER = train_word_tokenizer([], 4, ["a", "b", "c"])
+ROWS = [demonstration(prompt, "a", "test") for prompt in ("a b", "c", "b b a")]
+LIMIT = 6
+
+
+def models(own: int) -> dict[str, Measured]:
+    """The model of seed `own`, sft and base; an equal seed is the same model, as in a stage."""
+    made = {seed: Measured(tiny_llama(seed, len(TOKENIZER)), TOKENIZER) for seed in {own, 1, 2}}
+    return {"model": made[own], "sft": made[1], "base": made[2]}
+
+
+@pytest.mark.parametrize(
+    ("own", "temperature", "scored"),
+    [(3, 1.0, 2), (3, 0.5, 3), (1, 1.0, 2), (2, 1.0, 2)],  # sft and base are scored once, whatever they are called
+)
+def test_samples_are_scored_by_every_model_at_temperature_1(
+    params: Any, monkeypatch: pytest.MonkeyPatch, own: int, temperature: float, scored: int
+) -> None:
+    whole: Params = params(**{"evaluate.samples": 2, "evaluate.temperature": temperature})
+    found = models(own)
+    sampled = respond(
+        found["model"].model,
+        found["model"].questions(ROWS),
+        samples=2,
+        temperature=temperature,
+        max_new_tokens=LIMIT,
+        seed="0",
+        compute=CPU,
+    )
+    calls: list[Any] = []
+    score = evaluation.score
+    monkeypatch.setattr(evaluation, "score", lambda model, *rest: calls.append(model) or score(model, *rest))
+    logps = _sample_logps(found, ROWS, sampled, whole.evaluate, CPU)
+    assert len(calls) == scored
+    prompts = [ids for ids in found["model"].questions(ROWS).ids for _ in range(2)]
+    responses = [row[:n].tolist() for row, n in zip(sampled.batch.responses, sampled.batch.response_lengths, strict=True)]
+    for name, scorer in found.items():
+        for values, prompt, response in zip(logps[name], prompts, responses, strict=True):
+            wanted = torch.tensor(naive_logps(scorer.model, prompt, response))
+            assert torch.allclose(values[: len(response)], wanted, atol=1e-4)
+    assert (own not in (1, 2)) or torch.equal(logps["model"], logps["sft" if own == 1 else "base"])  # a KL to itself is 0

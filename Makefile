@@ -5,13 +5,15 @@ PIP_ARGS ?=
 BIN      := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export DO_NOT_TRACK = true
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 export DVC_NO_ANALYTICS = 1
 export GX_ANALYTICS_ENABLED = false
 export HF_HUB_DISABLE_TELEMETRY = 1
+export HF_UPDATE_DOWNLOAD_COUNTS = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run methods test test-fast check format preset ui
+.PHONY: help setup run methods test test-fast check format audit preset ui
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -48,6 +50,9 @@ check: setup  ## ruff and mypy; edits nothing
 format: setup ## let ruff rewrite the files
 	@$(BIN)/python -m ruff format .
 	@$(BIN)/python -m ruff check --fix .
+
+audit: setup  ## known vulnerabilities and licences of the pinned set; asks PyPI
+	@$(BIN)/python audit.py
 
 preset: setup ## merge presets/NAME.yaml into params.yaml: make preset NAME=smoke
 	@$(BIN)/python -m tasks.preset $(NAME)

@@ -17,6 +17,7 @@ DEFAULTS = {
     "DVC_NO_ANALYTICS": "1",
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # or reading a table of one's own counts as a download
 }
 
 for name, value in DEFAULTS.items():

@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -230,6 +231,13 @@ def empty_store() -> Path:
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     atexit.register(shutil.rmtree, path.parent)
     return path
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:

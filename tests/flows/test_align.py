@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,13 +15,7 @@ import pytest
 
 from flows.command import answers
 from tests.conftest import Project
-from tests.toy import begin, environment, knobs, make_toy, run, runs, wait_for
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.toy import begin, environment, free_port, knobs, make_toy, run, runs, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
 SETTINGS = {"report_methods": "report", "register_methods": "register"}  # these go by the section of another stage
 NUMBERS_ADVICE = (
-    "Nothing was trained on it, and the last snapshot stays under .resume/. Lower the learning rate (params.yaml, section `{}`) "
+    "Nothing was trained on it; the last snapshot stays under .resume/. Lower the learning rate (params.yaml, section `{}`) "
     "or look for a model or reward that is broken already."
 )
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.

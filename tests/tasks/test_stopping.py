@@ -99,5 +99,5 @@ def test_a_number_that_is_none_ends_the_stage_in_a_line_that_says_where_and_what
     command = [sys.executable, "-m", "tasks.sft"]
     done = subprocess.run(command, cwd=place.root, env=environment(QUICK="1", BROKEN="7"), capture_output=True, text=True)
     assert done.returncode == 2 and len(steps(place)) == 6
-    assert "[sft] NumbersError: step 7 of 200: loss nan\nNothing was trained on it" in done.stderr
+    assert "[sft] NumbersError: step 7 of 200: loss nan\nNothing was trained on it;" in done.stderr
     assert "params.yaml, section `sft`" in done.stderr and "Traceback" not in done.stderr

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from apprentice.finite import check_finite
 from apprentice.optimise import Optimiser, linear_decay
 from apprentice.policy import weights
 from apprentice.recorder import Recorder, State
@@ -48,7 +49,7 @@ def train_epochs(
     """Train `model` in place on `size` rows; `step` gathers the gradient of a batch of row numbers and returns its figures.
 
     Rows of the recorder: what `after` measures (at an epoch's end), the step's figures, grad_norm, learning_rate, epoch.
-    Raises ValueError for no rows.
+    Raises ValueError for no rows, NumbersError at the first figure or gradient that is not finite.
     """
     if size < 1:
         raise ValueError(f"train_epochs: expected at least one row to train on, got {size}")
@@ -71,6 +72,7 @@ def train_epochs(
         epoch, place = divmod(done, batches)
         order = random.Random(f"{seed}/{epoch}").sample(range(size), size)
         figures = step(order[place * config.batch_size : (place + 1) * config.batch_size])
+        check_finite(f"step {done + 1} of {total}", figures)
         tail = [*tail, figures][-batches:]
         row: dict[str, float | None] = {**figures, **optimiser.step(), "epoch": epoch + 1}
         if after:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apprentice.finite import check_finite
+
 Schedule = Callable[[int], float]
 
 
@@ -50,11 +52,15 @@ class Optimiser:
         self.steps = 0
 
     def step(self) -> dict[str, float]:
-        """Clip the gradients gathered so far, step, and clear them; returns grad_norm (before clipping) and learning_rate."""
+        """Clip the gradients gathered so far, step, and clear them; returns grad_norm (before clipping) and learning_rate.
+
+        Raises NumbersError, the parameters unchanged, when the gradient is not finite.
+        """
         rate = self.learning_rate * self.schedule(self.steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        check_finite(f"optimiser step {self.steps + 1}", {"grad_norm": float(norm)})
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self.steps += 1

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from apprentice.advantages import explained_variance, gae, mean_per_response
 from apprentice.compute import Compute
+from apprentice.finite import check_finite
 from apprentice.losses import clipped_policy_loss, value_loss
 from apprentice.masking import masked_mean, whiten
 from apprentice.optimise import Optimiser
@@ -112,6 +113,7 @@ class PPO:
         while self.iteration < self.config.iterations:
             rollout = self.sample()
             row, experience = self.evaluate(rollout)
+            check_finite(f"iteration {self.iteration + 1} of {self.config.iterations}", row)
             self.kl_to_anchor = row["kl_to_anchor"]
             if self.config.kl_stop is not None and self.kl_to_anchor > self.config.kl_stop:
                 stopped = "kl_stop"
@@ -120,6 +122,11 @@ class PPO:
                 recorder.warn(
                     f"iteration {self.iteration + 1}: reward std {row['reward_std']:.2g} is below reward_std_floor "
                     f"{self.config.reward_std_floor:g}: the reward hardly tells responses apart; advantages stay unwhitened"
+                )
+            if not row["eos_rate"]:
+                recorder.warn(
+                    f"iteration {self.iteration + 1}: no response ended within {self.config.max_new_tokens} tokens, so each "
+                    f"earns missing_eos_reward {self.config.missing_eos_reward:g}; raise max_new_tokens"
                 )
             row |= self.update(experience)
             self.iteration += 1

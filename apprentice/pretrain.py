@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
+from apprentice.finite import check_finite
 from apprentice.losses import next_token_loss
 from apprentice.masking import length_mask
 from apprentice.optimise import Optimiser, flat_then_decay
@@ -73,6 +74,7 @@ def pretrain(
         with compute.autocast():
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss, metrics = next_token_loss(token_logps(logits, ids[:, 1:]), mask)
+        check_finite(f"step {step} of {config.steps}", {"loss": float(metrics["loss"])})
         loss.backward()
         rates = optimiser.step()
         tokens += int(lengths.sum())

@@ -35,6 +35,7 @@ class StageRecorder(Recorder):
             self.stage.say(f"continuing after step {len(self.rows)} of an interrupted run")
             self.stage.telemetry(event="resumed", resumed_at=len(self.rows))
         self.stage.start_clock()
+        self.stage.stoppable = True
         return saved
 
     def step(self, done: int, total: int, row: Mapping[str, float | None], state: Callable[[], State]) -> None:
@@ -42,10 +43,15 @@ class StageRecorder(Recorder):
         super().step(done, total, row, state)
         self.stage.history.append(self.rows[-1])
         self.stage.progress(done, total, **{name: value for name in self.shown if (value := row.get(name)) is not None})
-        if done < total and time.monotonic() - self._saved >= self.stage.params.runtime.checkpoint_seconds:
+        self.stage.stoppable = done < total
+        due = time.monotonic() - self._saved >= self.stage.params.runtime.checkpoint_seconds
+        if done < total and (due or self.stage.stop_signal):
             self._prune()
             save_state(self.folder / "last", {**state(), "rows": self.rows})
             self._saved = time.monotonic()
+            if self.stage.stop_signal:
+                self.stage.say(f"stopped; step {done} is saved, and the same command goes on from there")
+                raise SystemExit(128 + self.stage.stop_signal)
 
     def warn(self, message: str) -> None:
         """Print a warning and keep it in the telemetry."""

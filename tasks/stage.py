@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,15 @@ from typing import Any
 
 from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
+from apprentice.finite import NumbersError
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
 SETTINGS = {"report_methods": "report", "register_methods": "register"}  # these go by the section of another stage
+NUMBERS_ADVICE = (
+    "Nothing was trained on it; the last snapshot stays under .resume/. Lower the learning rate (params.yaml, section `{}`) "
+    "or look for a model or reward that is broken already."
+)
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -103,6 +109,8 @@ class Stage:
         self._made = self._began = self._said = time.monotonic()
         self._first_step: int | None = None
         self._at_end: list[Callable[[], None]] = []
+        self.stoppable = False  # while steps are being taken, each of which can be saved
+        self.stop_signal = 0  # the signal that asked to stop after the step at hand
 
     @property
     def label(self) -> str:
@@ -154,6 +162,13 @@ class Stage:
 
         return current_key(self.label)
 
+    def ask_to_stop(self, number: int, _frame: object) -> None:
+        """On SIGTERM or SIGINT: stop once the step at hand is saved; at once where there is none, or when asked again."""
+        if not self.stoppable or self.stop_signal:
+            raise SystemExit(128 + number)
+        self.stop_signal = number
+        self.say("asked to stop: finishing this step, then saving; ask again to stop at once")
+
     def at_end(self, act: Callable[[], None]) -> None:
         """Do something once the stage has ended well."""
         self._at_end.append(act)
@@ -177,7 +192,7 @@ def run(
     if module != "__main__":
         return
     name = Path(sys.argv[0]).stem
-    params_error: str | None = None
+    failed: str | None = None
     try:
         params = read_params()
         item = _command_line(name, about, items(params) if items else None)
@@ -185,9 +200,11 @@ def run(
         _begin(stage)
         main(stage)
     except (ParamsError, StageError) as error:
-        params_error = f"{type(error).__name__}: {error}"
-    if params_error:
-        print(f"[{name}] {params_error}", file=sys.stderr, flush=True)
+        failed = f"{type(error).__name__}: {error}"
+    except NumbersError as error:
+        failed = f"NumbersError: {error}\n{NUMBERS_ADVICE.format(name)}"
+    if failed:
+        print(f"[{name}] {failed}", file=sys.stderr, flush=True)
         raise SystemExit(2)
     _finish(stage)
 
@@ -208,12 +225,14 @@ def _command_line(name: str, about: str | None, items: list[str] | None) -> str 
 
 
 def _begin(stage: Stage) -> None:
-    """By hand, remove the stage's outputs first, as DVC does; set threads; note the start."""
+    """By hand, remove the stage's outputs first, as DVC does; obey signals; note the start."""
     if "DVC_STAGE" not in os.environ:
         from tasks.dvcstage import outputs_of
 
         for path in outputs_of(stage.label):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stage.ask_to_stop)
     stage.reports.mkdir(parents=True, exist_ok=True)
     stage.telemetry(event="started", host=os.uname().nodename, pid=os.getpid())
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apprentice.epochs import EpochEnd, Figures, Trained, train_epochs
+from apprentice.finite import NumbersError
 from apprentice.optimise import Optimiser, linear_decay
 from apprentice.recorder import Recorder, State
 from tests.apprentice.toys import Interrupted, Keeping, hash_of, rso_config, sft_config
@@ -225,3 +226,18 @@ def test_an_empty_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Optimiser, "step", lambda _: pytest.fail("there is nothing to learn from"))
     with pytest.raises(ValueError, match="at least one row to train on, got 0"):
         Run(size=0).train()
+
+
+@pytest.mark.parametrize("figure", ["loss", "first"])
+def test_a_figure_that_is_not_finite_stops_before_its_step(figure: str) -> None:
+    run, recorder, hashes = Run(), Recorder(), list[str]()
+    fine = run.step
+
+    def step(rows: list[int]) -> Figures:
+        hashes.append(hash_of(run.model))
+        return fine(rows) | ({figure: float("nan")} if len(hashes) == 5 else {})
+
+    run.step = step  # type: ignore[method-assign]
+    with pytest.raises(NumbersError, match=rf"step 5 of 9: .*{figure} nan"):
+        run.train(recorder, epochs=3)
+    assert len(recorder.rows) == 4 and hash_of(run.model) == hashes[-1] != hashes[-2]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from apprentice.finite import NumbersError
 from apprentice.optimise import Optimiser, constant, flat_then_decay, linear_decay
 
 
@@ -49,6 +50,19 @@ def test_gradients_are_clipped_by_their_common_norm() -> None:
     assert optimiser.step()["grad_norm"] == pytest.approx(5.0)  # before clipping
     moments = [values["exp_avg"].item() for values in optimiser.state()["moments"].values()]
     assert moments == pytest.approx([0.1 * 3 / 5, 0.1 * 4 / 5], abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    a, b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
+    optimiser = Optimiser([a, b], 0.1, 1.0, weight_decay=0.5)
+    a.grad, b.grad = torch.tensor([1.0]), torch.tensor([1.0])
+    optimiser.step()
+    before = a.tolist() + b.tolist()
+    a.grad, b.grad = torch.tensor([1.0]), torch.tensor([bad])
+    with pytest.raises(NumbersError, match=r"optimiser step 2: grad_norm (nan|inf)"):
+        optimiser.step()
+    assert a.tolist() + b.tolist() == before and optimiser.steps == 1
 
 
 def test_frozen_parameters_are_left_alone() -> None:

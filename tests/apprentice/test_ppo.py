@@ -1,6 +1,8 @@
 """PPO: its optimum on worlds small enough to enumerate, its updates, resuming; with the self-reward and with any other."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from apprentice.advantages import gae
 from apprentice.compute import CPU, Compute
+from apprentice.finite import NumbersError
 from apprentice.losses import clipped_policy_loss
 from apprentice.policy import freeze, response_scores, score, values_of
 from apprentice.ppo import PPO, Experience, Prompts, Rewarded, TerminalReward
@@ -252,8 +255,30 @@ def test_S1_equal_models_train_nothing_and_say_so() -> None:
     for row in recorder.rows:
         assert (row["reward"], row["reward_std"], row["grad_norm"]) == (0, 0, 0)
         assert all(math.isfinite(value) for value in row.values() if value is not None)
-    assert len(recorder.warnings) == 2
-    assert "reward_std_floor" in recorder.warnings[0]
+    assert len([text for text in recorder.warnings if "reward_std_floor" in text]) == 2
+
+
+def test_a_reward_that_is_not_finite_stops_before_anything_is_trained_on_it() -> None:
+    ppo = trainer(iterations=3)
+    fine, before = ppo.reward, hash_of(ppo.policy)
+
+    def broken(rollout: Rollout, logps: Mapping[str, torch.Tensor]) -> Rewarded:
+        found = fine(rollout, logps)
+        return replace(found, totals=found.totals * math.inf) if ppo.iteration == 1 else found
+
+    ppo.reward, recorder = broken, Keeping()
+    with pytest.raises(NumbersError, match=r"iteration 2 of 3: reward (inf|-inf|nan), reward_std nan"):
+        ppo.train(recorder)
+    assert [row["step"] for row in recorder.rows] == [1] and hash_of(ppo.policy) != before
+
+
+def test_where_no_response_ends_a_warning_says_what_to_turn() -> None:
+    ppo, recorder = trainer(iterations=1, max_new_tokens=1, missing_eos_reward=-2.0), Keeping()
+    rollout = ppo.sample()
+    ppo.sample = lambda: replace(rollout, ended=torch.zeros_like(rollout.ended))
+    ppo.train(recorder)
+    (said,) = [text for text in recorder.warnings if "no response ended" in text]
+    assert "iteration 1: no response ended within 1 tokens" in said and "missing_eos_reward -2; raise max_new_tokens" in said
 
 
 def test_S1_a_reward_that_is_all_rounding_is_not_blown_up_by_whitening() -> None:

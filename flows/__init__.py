@@ -7,17 +7,14 @@ is; no tool phones home.
 import os
 from pathlib import Path
 
+from tasks.stage import PRIVACY
+
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = {
     "PREFECT_HOME": str(ROOT / ".prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 20 s is too short on a busy machine
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DVC_NO_ANALYTICS": "1",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # or reading a table of one's own counts as a download
+    **PRIVACY,
 }
 
 for name, value in DEFAULTS.items():

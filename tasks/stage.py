@@ -30,6 +30,16 @@ NUMBERS_ADVICE = (
 )
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+PRIVACY = {  # no tool phones home, under a plain `dvc repro` neither
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # or reading a table of one's own counts as a download
+}
+for _name, _value in PRIVACY.items():
+    os.environ.setdefault(_name, _value)
 
 
 class StageError(RuntimeError):

@@ -175,13 +175,11 @@ def test_reading_a_table_is_heard_by_nobody(ear: Ear) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="tasks/sources.py sets no switch, so datasets counts a download when flows did not")
 def test_reading_a_table_is_heard_by_nobody_without_the_flow(ear: Ear) -> None:
     assert ear.run("-c", TABLE) == []
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="tasks/store.py sets no switch, so MLflow reports to its makers when flows did not")
 def test_mlflow_is_heard_by_nobody_without_the_flow(toy_ear: Ear) -> None:
     assert toy_ear.run("-m", "dvc", "repro", "register") == []
 

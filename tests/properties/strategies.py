@@ -30,7 +30,9 @@ any_texts = st.one_of(
 numbers = st.one_of(
     st.integers(), st.sampled_from([10**400, -(10**4000), float("nan"), float("inf"), 1e999, -0.0]), st.floats(), st.booleans()
 )
-messages = st.fixed_dictionaries({}, optional={"role": st.sampled_from([*ROLES, "tool", 7]), "content": any_texts | st.none()})
+messages = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from([*ROLES, "tool", 7, [], {}]), "content": any_texts | st.none()}
+)
 good_messages = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": clean_texts})
 chats = st.lists(good_messages, max_size=3) | st.lists(messages | st.none() | any_texts, max_size=3)
 json_values: st.SearchStrategy[Any] = st.recursive(

@@ -80,7 +80,7 @@ STATE_STEPS = (
 contents = st.lists(printable | st.sampled_from(["\n", "x" * 20000]), max_size=4)
 
 
-@steady(80)
+@steady(60)
 @given(old=st.none() | printable, pieces=contents, stop=st.integers(0, 5), surrogate=st.booleans())
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(
     old: str | None, pieces: list[str], stop: int, surrogate: bool
@@ -101,7 +101,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_other(
         assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == before
 
 
-@steady(80)
+@steady(60)
 @given(old=contents, new=contents, point=st.integers(0, 5))
 def test_a_crash_at_any_step_leaves_the_old_file_or_the_new_one_whole(old: list[str], new: list[str], point: int) -> None:
     rows = [[{"text": text} for text in some] for some in (old, new)]
@@ -164,7 +164,7 @@ def text_of(state: Any) -> str:
     return json.dumps(plain(state), sort_keys=True)
 
 
-@steady(100)
+@steady(60)
 @given(states)
 def test_a_state_comes_back_bit_for_bit(state: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +188,7 @@ def test_a_crash_at_either_rename_leaves_the_previous_state(tmp_path: Path, rena
     assert text_of(load_state(tmp_path / "last")) == text_of(state_of(3))
 
 
-@steady(80)
+@steady(60)
 @given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=6))
 def test_crashes_at_any_steps_of_any_saves_leave_the_last_whole_state(crashes: list[tuple[int, bool]]) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -136,7 +136,7 @@ def normal(prompt: Any) -> Any:
     return written[0]["content"] if len(written) == 1 and written[0]["role"] == "user" else written
 
 
-@steady(120)
+@steady(80)
 @given(
     source=sources(),
     verifier=st.sampled_from(["auto", "none", "gsm8k", "exact", "world"]),
@@ -176,7 +176,7 @@ def test_every_row_of_a_source_is_accounted_for_once(source: tuple[str, list[byt
     assert bool(found.stopped) == (not all(found.tables[name] for name in ("prompts", "demonstrations", *HELD_OUT)))
 
 
-@steady(80)
+@steady(50)
 @given(source=sources(), verifier=st.sampled_from(["auto", "none", "exact"]))
 def test_no_held_out_prompt_is_in_a_training_table(source: tuple[str, list[bytes]], verifier: str) -> None:
     tables = run_ingest(b"\n".join(source[1]), params=config(verifier=verifier)).tables
@@ -197,10 +197,12 @@ def test_no_held_out_prompt_is_in_a_training_table(source: tuple[str, list[bytes
     assert all(row["response"] is None and row["answer"] is None for row in tables["prompts"])
 
 
-@steady(80)
+@steady(50)
 @given(source=sources())
-def test_the_tables_hold_usable_text_only_and_each_row_once(source: tuple[str, list[bytes]]) -> None:
+def test_the_tables_hold_usable_text_of_their_quality_and_each_row_once(source: tuple[str, list[bytes]]) -> None:
     tables = run_ingest(b"\n".join(source[1])).tables
+    if len(tables) > 1:
+        assert all((row["quality"] in ("mixed", "poor")) == (name == "suboptimal") for name in ONCE for row in tables[name])
     for name in (*ONCE, "prompts") if len(tables) > 1 else ():
         ids = [row["id"] for row in tables[name]]
         assert len(set(ids)) == len(ids)
@@ -212,7 +214,7 @@ def test_the_tables_hold_usable_text_only_and_each_row_once(source: tuple[str, l
                 assert not any(character in text for character in [*FORBIDDEN, "\r"])
 
 
-@steady(100)
+@steady(60)
 @given(lines=st.lists(st.binary(max_size=20) | st.text('{}[]":,\\ue0d8 promptesn1', max_size=30).map(str.encode), max_size=8))
 def test_any_bytes_as_jsonl_give_rows_or_one_of_our_errors(lines: list[bytes]) -> None:
     good = b'{"prompt": "question 0", "response": "4"}'
@@ -222,7 +224,7 @@ def test_any_bytes_as_jsonl_give_rows_or_one_of_our_errors(lines: list[bytes]) -
     assert found.figures["rows_read"] == sum(bool(line.strip()) for line in data.split(b"\n"))
 
 
-@steady(60)
+@steady(40)
 @given(data=st.binary(max_size=60) | st.text('prompt,"\n\r\0', max_size=40).map(str.encode))
 def test_any_bytes_below_a_csv_header_give_rows_or_one_of_our_errors(data: bytes) -> None:
     found = run_ingest(b"prompt,response\nquestion 0,4\n" + data, "csv")
@@ -233,7 +235,7 @@ def test_any_bytes_below_a_csv_header_give_rows_or_one_of_our_errors(data: bytes
 cells = st.one_of(any_texts.filter(lambda text: "\ud800" not in text), st.text('a,"\r\n', max_size=6))
 
 
-@steady(60)
+@steady(40)
 @given(rows=st.lists(st.lists(cells, min_size=2, max_size=2), max_size=8), end=st.sampled_from(["\n", "\r\n"]))
 def test_csv_gives_back_the_cells_written_to_it(rows: list[list[str]], end: str) -> None:
     text = io.StringIO(newline="")
@@ -250,7 +252,7 @@ def test_csv_gives_back_the_cells_written_to_it(rows: list[list[str]], end: str)
     assert (found.figures or {"rows_read": 0})["rows_read"] == len(rows)
 
 
-@steady(100)
+@steady(60)
 @given(
     prompt=clean_texts.filter(lambda text: any(map(str.isalnum, text))),
     system=st.none() | st.just("be brief"),
@@ -277,7 +279,7 @@ def test_one_prompt_has_one_id_and_one_split_however_it_is_written(
     assert len({split(row.prompt) for row in read}) == 1
 
 
-@steady(80)
+@steady(50)
 @given(rows=st.lists(st.fixed_dictionaries({"prompt": any_texts | chats, "response": any_texts | st.none()}), max_size=10))
 def test_cleaning_what_is_clean_changes_nothing(rows: list[Row]) -> None:
     once = clean([Raw(n, row) for n, row in enumerate(rows)], lambda row: row, PARAMS.ingest, "file").rows

@@ -20,7 +20,7 @@ def finite(rewards: list[float]) -> set[int]:
     return {i for i in range(len(rewards)) if -math.inf < rewards[i] < math.inf}
 
 
-@steady(300)
+@steady(200)
 @given(rewards_lists, counts, betas, seeds)
 def test_positions_are_unique_in_range_finite_and_as_many_as_there_are(
     rewards: list[float], count: int, beta: float, seed: int
@@ -36,7 +36,7 @@ def test_positions_are_unique_in_range_finite_and_as_many_as_there_are(
         assert (found.rounds > 0) == (len(found.positions) > 0)
 
 
-@steady(150)
+@steady(100)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(1, 9), counts, betas, seeds)
 def test_equal_candidates_are_all_accepted_at_once(reward: float, size: int, count: int, beta: float, seed: int) -> None:
     found = rejection_sample([reward] * size, count, beta, random.Random(seed))
@@ -46,7 +46,7 @@ def test_equal_candidates_are_all_accepted_at_once(reward: float, size: int, cou
     assert len(set(found.positions)) == wanted
 
 
-@steady(100)
+@steady(60)
 @given(st.floats(), st.integers(0, 4), st.integers(1, 5), betas, seeds)
 def test_one_candidate_that_may_be_taken_is_taken_and_no_other(
     reward: float, before: int, count: int, beta: float, seed: int
@@ -59,7 +59,7 @@ def test_one_candidate_that_may_be_taken_is_taken_and_no_other(
 exact = st.one_of(st.integers(-400, 400).map(lambda n: n / 8), st.sampled_from([-math.inf, math.nan]))
 
 
-@steady(200)
+@steady(120)
 @given(st.lists(exact, max_size=12), st.integers(-4000, 4000), counts, betas, seeds)
 def test_a_constant_added_to_the_rewards_changes_nothing(
     rewards: list[float], eighths: int, count: int, beta: float, seed: int
@@ -69,7 +69,7 @@ def test_a_constant_added_to_the_rewards_changes_nothing(
     assert one == other
 
 
-@steady(150)
+@steady(100)
 @given(st.lists(exact, max_size=12), st.sampled_from([0.25, 2.0, 1024.0]), counts, st.sampled_from([0.0, 0.5, 3.0]), seeds)
 def test_rewards_and_beta_in_another_unit_change_nothing(
     rewards: list[float], unit: float, count: int, beta: float, seed: int
@@ -78,7 +78,7 @@ def test_rewards_and_beta_in_another_unit_change_nothing(
     assert rejection_sample(rewards, count, beta, random.Random(seed)) == other
 
 
-@steady(150)
+@steady(100)
 @given(st.lists(exact, max_size=12), counts, betas, seeds, st.sampled_from(["first_round", "tournament"]))
 def test_pairs_are_of_accepted_candidates_the_better_one_chosen(
     rewards: list[float], count: int, beta: float, seed: int, pairing: str

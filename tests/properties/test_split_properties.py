@@ -22,7 +22,7 @@ prompts = clean_texts | st.lists(good_messages, max_size=3)
 shares = st.floats(0, 0.5)
 
 
-@steady(150)
+@steady(100)
 @given(prompts, shares, shares)
 def test_the_split_is_the_hash_of_the_prompt_against_the_shares(prompt: Any, validation: float, evaluation: float) -> None:
     # written out once more: were it another hash, rows of earlier runs would change sides
@@ -48,7 +48,7 @@ def test_many_prompts_fall_into_the_splits_by_their_shares(stem: str, validation
         assert abs(found.count(name) - 2000 * share) <= 5 * spread + 1e-6  # 5 sigma
 
 
-@steady(100)
+@steady(60)
 @given(prompts, shares, st.floats(0, 0.5), st.floats(0, 0.25))
 def test_a_larger_evaluation_share_lets_no_prompt_leave_evaluation(
     prompt: Any, validation: float, evaluation: float, more: float
@@ -77,7 +77,7 @@ def places(rows: list[Demonstration], config: Any) -> list[list[str]]:
     return [[name for name in held if (row.prompt, None if name == "prompts" else row.response) in held[name]] for row in rows]
 
 
-@steady(120)
+@steady(80)
 @given(rows=rows_lists, more=rows_lists, at=st.integers(0, 12), validation=st.floats(0, 0.4), evaluation=st.floats(0, 0.4))
 def test_rows_added_anywhere_move_no_other_row(
     rows: list[Demonstration], more: list[Demonstration], at: int, validation: float, evaluation: float
@@ -89,7 +89,7 @@ def test_rows_added_anywhere_move_no_other_row(
     assert [*after[:at], *after[at + len(more) :]] == before if at <= len(rows) else after[: len(rows)] == before
 
 
-@steady(80)
+@steady(60)
 @given(rows=rows_lists, order=st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_no_rows_tables(rows: list[Demonstration], order: Any) -> None:
     indices = list(range(len(rows)))

@@ -143,7 +143,7 @@ def main() -> int:
         print(
             f"NOT LOOKED UP: no vulnerability is known or ruled out ({trouble or 'the service knows none of these packages'})."
         )
-        print("The vulnerability service could not be reached: run this where pypi.org answers.")
+        print("The vulnerability service could not be reached: run this where PyPI answers.")
     elif unknown:
         print(f"NOT LOOKED UP: the vulnerability service does not know {', '.join(unknown)}.")
     print(f"{len(pins)} packages are pinned, {len(known)} were looked up; {len(wrong)} findings.")

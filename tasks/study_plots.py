@@ -148,11 +148,14 @@ def _titled(metric: str) -> str:
 
 
 def _x_axis(title: str, spots: Sequence[Spot], free: bool) -> Axis:
-    """Ticks where the runs stand; for a metric (`free`) round numbers. Logarithmic when the values lie far apart."""
+    """Ticks where the runs stand; for a metric (`free`) round numbers. Logarithmic when the values lie far apart.
+
+    It spans the means: a whisker that is longer ends at the frame.
+    """
     places = sorted({spot.x.middle for spot in spots})
     log = places[0] > 0 and places[-1] / places[0] >= LOG_FROM
     if not log:
-        axis = _linear(title, [end for spot in spots for end in spot.x.ends])
+        axis = _linear(title, places)
         return axis if free else Axis(title, axis.ends, tuple(places))
     room = (places[-1] / places[0]) ** 0.06
     ends = (places[0] / room, places[-1] * room)

@@ -142,7 +142,7 @@ tensors = st.builds(
 )
 # no "/" in a name, as a tensor's place is written a/b/c, and none as long as "tensor", which refers to one
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/"), max_size=4)
-leaves = st.one_of(tensors, st.none(), st.booleans(), st.integers(), st.floats(), printable)
+leaves = st.one_of(tensors, st.lists(tensors, max_size=3), st.none(), st.booleans(), st.integers(), st.floats(), printable)
 states = st.dictionaries(
     names,
     st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=6),

@@ -37,7 +37,7 @@ def test_the_split_is_the_hash_of_the_prompt_against_the_shares(prompt: Any, val
         assert split_of(turned, validation, evaluation) == wanted
 
 
-@steady(25)
+@steady(20)
 @given(stem=clean_texts, validation=shares, evaluation=shares, chat=st.booleans())
 def test_many_prompts_fall_into_the_splits_by_their_shares(stem: str, validation: float, evaluation: float, chat: bool) -> None:
     texts = [f"{stem}{number}" for number in range(2000)]
@@ -77,7 +77,7 @@ def places(rows: list[Demonstration], config: Any) -> list[list[str]]:
     return [[name for name in held if (row.prompt, None if name == "prompts" else row.response) in held[name]] for row in rows]
 
 
-@steady(80)
+@steady(50)
 @given(rows=rows_lists, more=rows_lists, at=st.integers(0, 12), validation=st.floats(0, 0.4), evaluation=st.floats(0, 0.4))
 def test_rows_added_anywhere_move_no_other_row(
     rows: list[Demonstration], more: list[Demonstration], at: int, validation: float, evaluation: float

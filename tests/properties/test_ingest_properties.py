@@ -119,7 +119,7 @@ QUESTIONS = [
 
 def good_rows(shape: str) -> st.SearchStrategy[Row]:
     """Rows that can mostly be kept."""
-    said = st.sampled_from(["4", "#### 4", "so #### 5", *QUESTIONS[:2]]) | clean_texts
+    said = st.sampled_from(["4", "#### 4", "so #### 5", *QUESTIONS[:2]]) | clean_texts | any_texts
     if shape == "messages":
         turns = st.tuples(st.sampled_from(QUESTIONS), said).map(
             lambda texts: [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
@@ -292,6 +292,20 @@ def test_one_prompt_has_one_id_and_one_split_however_it_is_written(
     assert len(read) == len(rows)
     assert len({row.id for row in read}) == len({prompt_id(row.prompt) for row in read}) == 1
     assert len({split(row.prompt) for row in read}) == 1
+
+
+@steady(60)
+@given(
+    ends=st.tuples(clean_texts, clean_texts), character=st.sampled_from(FORBIDDEN), name=st.sampled_from(["prompt", "response"])
+)
+def test_a_character_that_is_no_text_rejects_its_row_and_is_named_with_its_place(
+    ends: tuple[str, str], character: str, name: str
+) -> None:
+    before, after = (text.replace("\r\n", "\n") for text in ends)
+    row = {"prompt": "question 0", "response": "4", name: f"a{before}{character}{after}b"}
+    found = clean([Raw(1, row)], lambda row: row, dataclasses.replace(PARAMS.ingest, max_characters=1000), "file")
+    reason = f"control characters: U+{ord(character):04X} in {name} at {len(before) + 1}"
+    assert not found.kept and found.rejected == [{"line": 1, "reason": reason, "row": row}]
 
 
 @steady(40)

@@ -69,9 +69,13 @@ def _read_csv(path: Path) -> Iterator[Raw]:
     """Every cell is text (a data-frame reader would turn the response "72" into a number); an empty one is missing."""
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        header, line = next(reader, []), reader.line_num + 1
+        reader, line = csv.reader(file, strict=True), 1
         try:
+            header, line = next(reader, []), reader.line_num + 1
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise StageError(
+                    f"{path.name}: expected each column once, got {', '.join(twice)} more than once; rename or drop it"
+                )
             for cells in reader:
                 if len(cells) == len(header):
                     yield Raw(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
@@ -85,8 +89,12 @@ def _read_csv(path: Path) -> Iterator[Raw]:
 def _read_parquet(path: Path) -> Iterator[Raw]:
     from datasets import load_dataset
 
-    rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    return (Raw(number, dict(row)) for number, row in enumerate(rows, 1))
+    try:
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield Raw(number, dict(row))
+    except Exception as error:  # of pyarrow, datasets or fsspec
+        raise StageError(f"{path.name}: expected a Parquet file, and it cannot be read as one: {error}") from error
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Raw]:

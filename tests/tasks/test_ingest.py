@@ -295,6 +295,22 @@ def test_csv_cells_are_text_and_rows_keep_their_lines(tmp_path: Path, params: Pa
         list(read_source(broken, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        ("csv", '"a"b,c\n1,2\n', r"source\.csv: the CSV row that begins on line 1 is broken"),
+        ("csv", '"prompt,response\n1,2\n', r"source\.csv: the CSV row that begins on line 1 is broken"),
+        ("csv", "prompt,response,prompt\n1,2,3\n", r"source\.csv: expected each column once, got prompt more than once"),
+        ("parquet", "no parquet", r"source\.parquet: expected a Parquet file, and it cannot be read as one"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_what_was_expected(
+    tmp_path: Path, params: ParamsOf, kind: str, text: str, said: str
+) -> None:
+    with pytest.raises(StageError, match=said):
+        list(read_source(params(**source_of(tmp_path, text, kind)).ingest.source, tmp_path))
+
+
 def test_parquet(tmp_path: Path, params: ParamsOf) -> None:
     import pyarrow
     from pyarrow import parquet

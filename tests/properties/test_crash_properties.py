@@ -1,5 +1,6 @@
 """A crash at any point of a write: what stood there before stays whole and readable, and the next write goes through."""
 
+import itertools
 import json
 import os
 import shutil
@@ -206,3 +207,15 @@ def test_crashes_at_any_steps_of_any_saves_leave_the_last_whole_state(crashes: l
         save_state(folder, state_of(99))
         assert text_of(load_state(folder)) == text_of(state_of(99))
         assert [path.name for path in Path(name).iterdir()] == ["last"]
+
+
+def test_no_two_crashes_in_a_row_lose_the_state() -> None:
+    """Every step of one save, then every step of the next."""
+    for first, second in itertools.product(range(13), repeat=2):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "last"
+            save_state(folder, state_of(1))
+            for number, point in ((2, first), (3, second)):
+                with suppress(Crash), crash_at(point, False, *STATE_STEPS):
+                    save_state(folder, state_of(number))
+            assert load_state(folder) is not None, (first, second)

@@ -13,6 +13,7 @@ from collections import deque
 from flows import ROOT
 from flows.command import HOST, answers, ui_options
 from tasks import process
+from tasks.store import masked
 from tasks.tracking import prepare_store
 
 PATIENCE = 180.0  # seconds for a server to answer
@@ -78,7 +79,7 @@ def start(options: argparse.Namespace) -> list[Server]:
     store, experiment = prepare_store()
     servers = [prefect_server(options.prefect_port)]
     if store.startswith("http"):
-        print(f"MLflow   {store}   (MLFLOW_TRACKING_URI)")
+        print(f"MLflow   {masked(store)}   (MLFLOW_TRACKING_URI)")
     else:
         check_free(options.mlflow_port, "--mlflow-port")
         servers.append(mlflow_server(options.mlflow_port, store, experiment))

@@ -10,7 +10,7 @@ from tasks.locked import LockedOut, LockedStage, git_commit, locked_stages
 from tasks.registry import Registry
 from tasks.runs import Runs, figures_of
 from tasks.stage import MAIN_LINE, METHODS, ROOT, Stage, StageError, stores_root, write_json
-from tasks.store import alone, numbers, open_store, store_uri
+from tasks.store import alone, masked, numbers, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -74,7 +74,9 @@ class Mirror:
         origin = {"seed": str(stage.params.seed), "git_commit": git_commit(), "experiment": self.experiment}
         self.runs = Runs(client, group, {key: value for key, value in origin.items() if value})
         self.registry = Registry(self.config.model, self.runs)
-        self.say(f"MLflow: {store_uri()}" + (f"; experiment {self.experiment}: aliases stay" if self.experiment else ""))
+        self.say(
+            f"MLflow: {masked(store_uri())}" + (f"; experiment {self.experiment}: aliases stay" if self.experiment else "")
+        )
 
     def update(self) -> None:
         """Runs for all stages, versions with metrics for the checkpoints; outside `dvc exp run` the aliases too."""

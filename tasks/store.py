@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -29,6 +30,11 @@ class StoreError(StageError):
 def store_uri() -> str:
     """MLFLOW_TRACKING_URI, or the database at the project's root."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{stores_root() / 'mlflow.db'}"
+
+
+def masked(text: str) -> str:
+    """A text fit to be printed: names and passwords in the addresses in it are left out."""
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 @contextmanager
@@ -71,7 +77,7 @@ def _check_answers(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers, be it with "not allowed"
     except OSError as error:
-        raise StoreError(f"MLflow does not answer at {uri} (MLFLOW_TRACKING_URI): {error}") from error
+        raise StoreError(masked(f"MLflow does not answer at {uri} (MLFLOW_TRACKING_URI): {error}")) from None
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:

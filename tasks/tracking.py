@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.stage import ROOT, read_params
-from tasks.store import BATCH, find_run, log_params, open_store, store_uri
+from tasks.store import BATCH, find_run, log_params, masked, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,7 +80,7 @@ class LiveRun(threading.Thread):
         try:
             self._follow()
         except Exception as error:
-            self.warn(f"no live charts for {self.stage}: {type(error).__name__}: {error}; `register` will add them")
+            self.warn(masked(f"no live charts for {self.stage}: {type(error).__name__}: {error}; `register` will add them"))
 
     def _follow(self) -> None:
         while not read_history(self.history) and not self.done.wait(POLL):

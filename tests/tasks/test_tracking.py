@@ -136,6 +136,24 @@ def test_a_server_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyP
         store.open_store("apprentice")
 
 
+@pytest.mark.parametrize("address", ["http://ann:s3cret@127.0.0.1:9", "nonsense://ann:s3cret@there/x"])
+def test_a_password_in_the_stores_address_is_never_printed(
+    history: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    write(history, 2.0)
+    said: list[str] = []
+    live(history, said.append).finish("FINISHED")
+    assert len(said) == 1 and "s3cret" not in said[0]
+
+
+def test_what_is_masked_keeps_the_rest() -> None:
+    assert (
+        store.masked("at postgresql://ann:pw@host:5432/db, sqlite:///a@b.db")
+        == "at postgresql://***@host:5432/db, sqlite:///a@b.db"
+    )
+
+
 def test_an_mlflow_that_hangs_holds_nobody_up(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "open_store", lambda name: time.sleep(5))
     write(history, 2.0)

@@ -1,24 +1,34 @@
 """Where and how tensors are computed: device, precision, threads, determinism, and the budget of one forward pass."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from apprentice.sections import ComputeConfig
 
+Piece = TypeVar("Piece")
+
+
+def keep_nothing(make: Callable[[], Piece]) -> Piece:
+    """Make a piece of work; the `keep` of those who do not continue interrupted work."""
+    return make()
+
 
 @dataclass(frozen=True)
 class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
-    cache while sampling."""
+    cache while sampling. `keep` makes each piece of sampling and scoring, or gives what an interrupted run made of it, then
+    on the CPU: only for work that makes the same pieces in the same order again, so never while a model is trained."""
 
     device: torch.device
     dtype: torch.dtype
     forward_tokens: int = 1024
     cache_tokens: int = 65536
+    keep: Callable[[Callable[[], Piece]], Piece] = keep_nothing
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision where `dtype` asks for it: weights stay float32, matrix products are cast."""

@@ -8,7 +8,7 @@ answers and weighs the two orders is not known; these are our choices.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Literal
 
@@ -141,7 +141,7 @@ def in_micro_batches(forward: Callable[[list[int]], Tensor], lengths: Sequence[i
     if not groups:
         raise ValueError("in_micro_batches: expected at least one row to score, got none")
     order = torch.tensor([row for rows in groups for row in rows])
-    joined = torch.cat([forward(rows) for rows in groups])
+    joined = torch.cat([compute.keep(partial(forward, rows)).to(compute.device) for rows in groups])
     return joined[order.argsort().to(joined.device)]
 
 

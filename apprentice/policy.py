@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,10 @@ def response_scores(
         return ResponseScores(logps, token_entropy(logits.detach()).gather(1, columns) * mask)
 
 
+def _logps(model: PreTrainedModel, batch: Batch, compute: Compute, temperature: float) -> Tensor:
+    return response_scores(model, batch, compute, temperature).logps
+
+
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperature: float = 1.0) -> Tensor:
     """[B, T] log-probabilities under a frozen model, in micro-batches of similar length; equal rows are scored once."""
@@ -126,8 +131,8 @@ def score(model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperat
     lengths, device = batch.lengths(), batch.ids.device
     logps = torch.zeros(len(rows), batch.mask.size(1), device=device)
     for group in compute.micro_batches([lengths[row] for row in rows]):
-        part = response_scores(model, batch.rows([rows[i] for i in group]), compute, temperature).logps
-        logps[group, : part.size(1)] = part
+        part = compute.keep(partial(_logps, model, batch.rows([rows[i] for i in group]), compute, temperature))
+        logps[group, : part.size(1)] = part.to(device)
     return logps[torch.tensor(places, device=device)]
 
 

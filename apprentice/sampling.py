@@ -7,6 +7,7 @@ or number of processes.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,9 +102,9 @@ def sample(
     widths = [len(request.prompt) + max_new_tokens for request in requests]
     for rows in compute.micro_batches(widths, compute.cache_tokens):
         chunk = [requests[row] for row in rows]
-        tokens, scores = _decode(model, chunk, seed, end, max_new_tokens, temperature, compute)
-        for row, ids, values in zip(rows, tokens, scores, strict=True):
-            responses[row], logps[row] = ids, values
+        tokens, scores, lengths = compute.keep(partial(_decode, model, chunk, seed, end, max_new_tokens, temperature, compute))
+        for row, ids, values, n in zip(rows, tokens.tolist(), scores, lengths.tolist(), strict=True):
+            responses[row], logps[row] = ids[:n], values[:n].clone()
     batch = collate([request.prompt for request in requests], responses, end)
     ended = torch.tensor([ids[-1] == end for ids in responses])
     padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)
@@ -120,8 +121,8 @@ def _decode(
     limit: int,
     temperature: float,
     compute: Compute,
-) -> tuple[list[list[int]], list[Tensor]]:
-    """Token ids (end token included) and their log-probabilities for one chunk."""
+) -> list[Tensor]:
+    """Token ids (end token included) [B, T], their log-probabilities [B, T] and lengths [B] for one chunk, on the CPU."""
     device, count = compute.device, len(requests)
     logits, cache, attended, position = _prefill(model, requests, compute)
     keys = torch.tensor([row_key(seed, request) for request in requests], device=device)
@@ -154,10 +155,8 @@ def _decode(
                 logits_to_keep=1,
             ).logits[:, -1]
         position = position + 1
-    tokens, logps, sizes = tokens.cpu(), logps.cpu(), lengths.tolist()
-    return [row[:n].tolist() for row, n in zip(tokens, sizes, strict=True)], [
-        row[:n].clone() for row, n in zip(logps, sizes, strict=True)
-    ]
+    longest = int(lengths.max())
+    return [tokens[:, :longest].cpu(), logps[:, :longest].cpu(), lengths.cpu()]
 
 
 def _prefill(model: PreTrainedModel, requests: list[Request], compute: Compute) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:

@@ -23,6 +23,7 @@ class RuntimeConfig:
 
     progress_seconds: NotNegative
     checkpoint_seconds: NotNegative
+    checkpoint_steps: Count | None
     resume_folders: CountOrZero
     retries: CountOrZero
     parallel_stages: Count | None

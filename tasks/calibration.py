@@ -7,9 +7,10 @@ def main(stage: Stage) -> None:
     """Write data/reports/calibration/pairs.csv, one row a pair, and metrics.json."""
     from tasks.calibrating import judged_pairs, logits_of, summary
     from tasks.checkpoints import compute_of
+    from tasks.kept import keeping
     from tasks.measuring import write_rows
 
-    compute = compute_of(stage)
+    compute = keeping(stage, compute_of(stage))
     pairs = judged_pairs(stage, compute)
     stage.say(f"{len(pairs)} pairs of a right and a wrong sample of one prompt")
     rows = logits_of(stage, pairs, compute)

@@ -9,11 +9,12 @@ def main(stage: Stage) -> None:
 
     from apprentice.judge import Judge, train_judge
     from tasks.checkpoints import compute_of, policy_of, save_model, tokenizer_of
+    from tasks.kept import keeping
     from tasks.ranking import ranked_pairs, room
     from tasks.resume import StageRecorder
 
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
-    pairs, model = ranked_pairs(stage, tokenizer, compute), policy_of(stage, "sft", compute)
+    pairs, model = ranked_pairs(stage, tokenizer, keeping(stage, compute)), policy_of(stage, "sft", compute)
     stage.say(f"{len(pairs)} pairs, each in both orders: {dict(Counter(pair.source for pair in pairs))}")
     judge = Judge(model, tokenizer, room(model), compute)
     recorder = StageRecorder(stage, "loss", "accuracy", "flip_rate")

@@ -28,6 +28,7 @@ from apprentice.tilt import Tilt, load_tilt, read_tilt
 from apprentice.tokens import encode_prompts
 from apprentice.verifiers import verify
 from tasks.checkpoints import batch_of, compute_of, model_folder, prompt_keys, scorers_of, table, tokenizer_of
+from tasks.kept import keeping
 from tasks.stage import Stage
 
 Row = dict[str, Any]
@@ -65,7 +66,7 @@ def measured(stage: Stage, name: str, compute: Compute) -> Measured:
 
 def evaluate_stage(stage: Stage) -> None:
     """Measure `stage.item` on the held-out sets; write prompts.csv, samples.jsonl and metrics.json."""
-    compute = compute_of(stage)
+    compute = keeping(stage, compute_of(stage))
     assert stage.item is not None
     found = {name: measured(stage, name, compute) for name in dict.fromkeys((stage.item, "sft", "base"))}
     models = {"model": found[stage.item], "sft": found["sft"], "base": found["base"]}

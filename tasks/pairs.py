@@ -11,9 +11,10 @@ def main(stage: Stage) -> None:
     from apprentice.sampling import sample
     from tasks.candidates import by_prompt
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
+    from tasks.kept import keeping
     from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
 
-    compute, config = compute_of(stage), stage.config
+    compute, config = keeping(stage, compute_of(stage)), stage.config
     tokenizer = tokenizer_of(stage, "sft")
     models = scorers_of(stage, ("sft", config.reward_target, config.reward_baseline), compute)
     rows = pick_prompts(table(stage, "prompts"), config.prompts, stage.params.seed)

@@ -8,11 +8,12 @@ def main(stage: Stage) -> None:
     from apprentice.tokens import collate, pad_id
     from tasks.checkpoints import compute_of, tokenizer_of
     from tasks.fine_tuning import fine_tune_on
+    from tasks.kept import keeping
     from tasks.preferring import prefer
     from tasks.stepping import as_weights, lessons
 
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
-    found, figures = lessons(stage, tokenizer, compute)
+    found, figures = lessons(stage, tokenizer, keeping(stage, compute))
     stage.say(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if not found.prompts:
         raise StageError(

@@ -10,9 +10,10 @@ def main(stage: Stage) -> None:
     from apprentice.demonstrations import write_jsonl
     from tasks.candidates import prompt_groups
     from tasks.checkpoints import compute_of
+    from tasks.kept import keeping
 
     groups = prompt_groups(stage, "pairs")
-    rewards = _REWARDS[stage.config.reward](stage, groups, compute_of(stage))
+    rewards = _REWARDS[stage.config.reward](stage, groups, keeping(stage, compute_of(stage)))
     rows = [row for group in groups for row in group]
     rescored = [{**row, "reward": round(reward, 6)} for row, reward in zip(rows, rewards, strict=True)]
     write_jsonl(stage.data / "rescored" / "candidates.jsonl", rescored)

@@ -22,7 +22,7 @@ class StageRecorder(Recorder):
     def __init__(self, stage: Stage, *shown: str) -> None:
         super().__init__()
         self.stage, self.shown = stage, shown
-        self.folder = stores_root() / ".resume" / stage.label / stage.key
+        self.folder = resume_folder(stage)
         self._saved = time.monotonic()
         stage.at_end(self.clear)
 
@@ -39,19 +39,16 @@ class StageRecorder(Recorder):
         return saved
 
     def step(self, done: int, total: int, row: Mapping[str, float | None], state: Callable[[], State]) -> None:
-        """Append to the history, show progress, snapshot when `runtime.checkpoint_seconds` have passed."""
+        """Append to the history, show progress, snapshot when one is due."""
         super().step(done, total, row, state)
         self.stage.history.append(self.rows[-1])
         self.stage.progress(done, total, **{name: value for name in self.shown if (value := row.get(name)) is not None})
         self.stage.stoppable = done < total
-        due = time.monotonic() - self._saved >= self.stage.params.runtime.checkpoint_seconds
-        if done < total and (due or self.stage.stop_signal):
-            self._prune()
+        if done < total and (self.stage.snapshot_due(done, self._saved) or self.stage.stop_signal):
+            prune(self.stage)
             save_state(self.folder / "last", {**state(), "rows": self.rows})
             self._saved = time.monotonic()
-            if self.stage.stop_signal:
-                self.stage.say(f"stopped; step {done} is saved, and the same command goes on from there")
-                raise SystemExit(128 + self.stage.stop_signal)
+            self.stage.saved("step", done)
 
     def warn(self, message: str) -> None:
         """Print a warning and keep it in the telemetry."""
@@ -61,13 +58,20 @@ class StageRecorder(Recorder):
         """The stage is done: its unfinished work is no longer needed."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _prune(self) -> None:
-        """Keep the newest `runtime.resume_folders` unfinished runs of the stage, this one included."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        os.utime(self.folder)
-        folders = sorted(self.folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in folders[max(1, self.stage.params.runtime.resume_folders) :]:
-            shutil.rmtree(old, ignore_errors=True)
+
+def resume_folder(stage: Stage) -> Path:
+    """Where the unfinished work of a stage stands; of other params, inputs or code elsewhere."""
+    return stores_root() / ".resume" / stage.label / stage.key
+
+
+def prune(stage: Stage) -> None:
+    """Keep the newest `runtime.resume_folders` unfinished runs of the stage, this one included."""
+    folder = resume_folder(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    folders = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in folders[max(1, stage.params.runtime.resume_folders) :]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_state(folder: Path, state: State) -> None:

@@ -179,6 +179,19 @@ class Stage:
         self.stop_signal = number
         self.say("asked to stop: finishing this step, then saving; ask again to stop at once")
 
+    def snapshot_due(self, done: int, saved_at: float) -> bool:
+        """Whether `runtime` asks for a snapshot after step `done`, the last one being of `saved_at` (monotonic seconds)."""
+        runtime = self.params.runtime
+        by_steps = runtime.checkpoint_steps is not None and done % runtime.checkpoint_steps == 0
+        return by_steps or time.monotonic() - saved_at >= runtime.checkpoint_seconds
+
+    def saved(self, unit: str, done: int) -> None:
+        """Note a snapshot after step (or piece) `done`; exit with 128 + signal where the stage was asked to stop."""
+        self.telemetry(event="saved", step=done)
+        if self.stop_signal:
+            self.say(f"stopped; {unit} {done} is saved, and the same command goes on from there")
+            raise SystemExit(128 + self.stop_signal)
+
     def at_end(self, act: Callable[[], None]) -> None:
         """Do something once the stage has ended well."""
         self._at_end.append(act)

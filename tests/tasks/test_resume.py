@@ -1,5 +1,6 @@
 """Snapshots: what is saved comes back bit for bit, the previous one survives a crash, old ones are pruned."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -82,6 +83,17 @@ def test_an_interrupted_run_continues_with_its_history(stage: Stage, capsys: pyt
     assert stage.history.path.read_text() == "step,loss\n1,2\n"
     telemetry = (stage_module.stores_root() / ".telemetry" / "sft.jsonl").read_text().splitlines()
     assert [json.loads(line)["resumed_at"] for line in telemetry if "resumed_at" in line] == [1]
+
+
+def test_a_snapshot_is_due_by_steps_too(stage: Stage) -> None:
+    runtime = dataclasses.replace(stage.params.runtime, checkpoint_steps=2)
+    stage.params = dataclasses.replace(stage.params, runtime=runtime)
+    recorder = StageRecorder(stage)
+    recorder.resume()
+    saved = []
+    for step in (1, 2, 3):
+        recorder.step(step, 4, {}, lambda step=step: saved.append(step) or {})  # type: ignore[misc]
+    assert saved == [2]
 
 
 def test_work_of_other_inputs_is_never_taken(stage: Stage) -> None:

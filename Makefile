@@ -3,6 +3,7 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 BIN      := $(VENV)/bin
+SPREAD   := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export PATH := $(abspath $(BIN)):$(PATH)
 export DO_NOT_TRACK = true
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
@@ -37,10 +38,10 @@ methods: setup ## the main line and every further method
 	@$(BIN)/python -m flows.align --methods
 
 test: setup   ## every test, the whole reduced pipeline included
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SPREAD)
 
 test-fast: setup ## the tests that take seconds
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 check: setup  ## ruff and mypy; edits nothing
 	@$(BIN)/python -m ruff format --check .

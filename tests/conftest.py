@@ -69,6 +69,13 @@ def copy_project(root: Path) -> Project:
     return Project(root)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that several processes end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    whole = ROOT / "tests" / "test_whole_pipeline.py"
+    items.sort(key=lambda item: (item.path != whole, item.path not in slow))
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A fresh copy of the project in a temporary folder."""

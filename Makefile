@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_UPDATE_DOWNLOAD_COUNTS = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run methods test test-fast check format audit preset ui
+.PHONY: help setup run methods test test-fast chaos check format audit preset ui
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -42,6 +42,9 @@ test: setup   ## every test, the whole reduced pipeline included
 
 test-fast: setup ## the tests that take seconds
 	@$(BIN)/python -m pytest $(SPREAD) -m "not slow"
+
+chaos: setup  ## kill running stages 100 times, compare what comes out with the undisturbed bytes: make chaos KILLS=200 SEED=1
+	@$(BIN)/python -m tests.chaos.kills $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 check: setup  ## ruff and mypy; edits nothing
 	@$(BIN)/python -m ruff format --check .

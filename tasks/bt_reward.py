@@ -10,8 +10,10 @@ def main(stage: Stage) -> None:
     from tasks.kept import keeping
     from tasks.ranking import ranked_pairs
     from tasks.resume import StageRecorder
+    from tasks.room import preflight
 
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
+    preflight(stage, compute, ["sft"], [], samples=True)
     pairs = ranked_pairs(stage, tokenizer, keeping(stage, compute))
     model = new_reward_model(model_folder(stage, "sft"), compute)
     stage.say(f"{len(pairs)} pairs")

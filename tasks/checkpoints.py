@@ -14,6 +14,7 @@ from apprentice.config import ParamsError
 from apprentice.demonstrations import Demonstration, digest, prompt_id, read_demonstrations
 from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
+from tasks.room import writing
 from tasks.stage import Stage
 
 
@@ -74,8 +75,9 @@ def save_model(
 ) -> None:
     """Write a model folder with its card: what made it, from what, with which settings and figures."""
     folder = model_folder(stage, name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    save_policy(model, tokenizer, folder, _card(stage, name, parents, metrics))
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    with writing(folder, needed, "the last snapshot stays"):
+        save_policy(model, tokenizer, folder, _card(stage, name, parents, metrics))
     stage.say(f"wrote {folder.relative_to(stage.data.parent)}")
 
 

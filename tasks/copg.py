@@ -11,8 +11,10 @@ def main(stage: Stage) -> None:
     from tasks.candidates import prompt_groups
     from tasks.checkpoints import batch_of, compute_of, policy_of, save_model, tokenizer_of
     from tasks.resume import StageRecorder
+    from tasks.room import preflight
 
     compute, config = compute_of(stage), stage.config
+    preflight(stage, compute, ["sft"], ["sft"], samples=False)
     tokenizer, policy = tokenizer_of(stage, "sft"), policy_of(stage, "sft", compute)
     size = config.group
     rows = []

@@ -35,11 +35,14 @@ def fine_tune_on(
     from apprentice.sft import HeldOut, fine_tune
     from tasks.checkpoints import batch_of, policy_of, save_model, table
     from tasks.resume import StageRecorder
+    from tasks.room import preflight
 
     config = config or stage.config
+    gated = bool(getattr(config, "gate_prompts", 0))
+    preflight(stage, compute, [init], ["base"] if gated else [], samples=gated)
     model, validation = policy_of(stage, init, compute), table(stage, "validation")
     stage.say(f"{len(train.ids)} rows, {len(validation)} held out, {config.epochs} epochs, from {init}")
-    shares = _gate(stage, model, validation, tokenizer, compute) if getattr(config, "gate_prompts", 0) else None
+    shares = _gate(stage, model, validation, tokenizer, compute) if gated else None
     by_gate = _mean_of(shares) if shares and config.select == "gate" else None
     result = fine_tune(
         model,

@@ -12,8 +12,10 @@ def main(stage: Stage) -> None:
     from tasks.kept import keeping
     from tasks.ranking import ranked_pairs, room
     from tasks.resume import StageRecorder
+    from tasks.room import preflight
 
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
+    preflight(stage, compute, ["sft"], [], samples=True)
     pairs, model = ranked_pairs(stage, tokenizer, keeping(stage, compute)), policy_of(stage, "sft", compute)
     stage.say(f"{len(pairs)} pairs, each in both orders: {dict(Counter(pair.source for pair in pairs))}")
     judge = Judge(model, tokenizer, room(model), compute)

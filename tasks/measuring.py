@@ -29,6 +29,7 @@ from apprentice.tokens import encode_prompts
 from apprentice.verifiers import verify
 from tasks.checkpoints import batch_of, compute_of, model_folder, prompt_keys, scorers_of, table, tokenizer_of
 from tasks.kept import keeping
+from tasks.room import preflight
 from tasks.stage import Stage
 
 Row = dict[str, Any]
@@ -64,10 +65,17 @@ def measured(stage: Stage, name: str, compute: Compute) -> Measured:
     return Measured(scorers_of(stage, [name], compute)[name], tokenizer_of(stage, name))
 
 
+def _parts(stage: Stage, name: str) -> list[str]:
+    """The models that are loaded to measure one."""
+    folder = model_folder(stage, name)
+    return [read_tilt(folder)[part] for part in ("target", "baseline")] if (folder / TILT).exists() else [name]
+
+
 def evaluate_stage(stage: Stage) -> None:
     """Measure `stage.item` on the held-out sets; write prompts.csv, samples.jsonl and metrics.json."""
     compute = keeping(stage, compute_of(stage))
     assert stage.item is not None
+    preflight(stage, compute, [], [*_parts(stage, stage.item), "sft", "base"], samples=True)
     found = {name: measured(stage, name, compute) for name in dict.fromkeys((stage.item, "sft", "base"))}
     models = {"model": found[stage.item], "sft": found["sft"], "base": found["base"]}
     evaluation, validation = table(stage, "evaluation"), table(stage, "validation")

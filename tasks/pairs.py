@@ -13,10 +13,12 @@ def main(stage: Stage) -> None:
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
     from tasks.kept import keeping
     from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
+    from tasks.room import preflight
 
     compute, config = keeping(stage, compute_of(stage)), stage.config
-    tokenizer = tokenizer_of(stage, "sft")
-    models = scorers_of(stage, ("sft", config.reward_target, config.reward_baseline), compute)
+    tokenizer, names = tokenizer_of(stage, "sft"), ("sft", config.reward_target, config.reward_baseline)
+    preflight(stage, compute, [], names, samples=True)
+    models = scorers_of(stage, names, compute)
     rows = pick_prompts(table(stage, "prompts"), config.prompts, stage.params.seed)
     stage.say(f"sampling {config.candidates} candidates for each of {len(rows)} prompts")
     rollout = sample(

@@ -37,10 +37,12 @@ def ppo_stage(
     from apprentice.tokens import encode_prompts, token_classes
     from tasks.checkpoints import compute_of, policy_of, prompt_keys, save_model, scorers_of, table, tokenizer_of
     from tasks.resume import StageRecorder
+    from tasks.room import preflight
 
     compute, config = compute_of(stage), stage.config
-    tokenizer, policy = tokenizer_of(stage, config.init), policy_of(stage, config.init, compute)
     names = list(dict.fromkeys(("sft", "base", *roles, config.kl_anchor, config.critic_init)))
+    preflight(stage, compute, [config.init, config.critic_init], names, samples=True)
+    tokenizer, policy = tokenizer_of(stage, config.init), policy_of(stage, config.init, compute)
     pool = table(stage, "prompts") if pool is None else pool
     classes, class_names = token_classes(tokenizer, policy.config.vocab_size)
     ids, keys = encode_prompts(tokenizer, [row.prompt for row in pool]), prompt_keys(pool)

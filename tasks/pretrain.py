@@ -9,6 +9,7 @@ def main(stage: Stage) -> None:
     from tasks.checkpoints import compute_of, save_model, tokenizer_of
     from tasks.corpus import documents
     from tasks.resume import StageRecorder
+    from tasks.room import check_room
 
     compute = compute_of(stage)
     if stage.config.checkpoint:
@@ -16,6 +17,7 @@ def main(stage: Stage) -> None:
     corpus = documents(stage)
     tokenizer = tokenizer_of(stage, "tokenizer")
     model = build_base(stage.config, tokenizer, stage.params.seed)
+    check_room(stage, compute, [model.config], [], samples=False)
     size = sum(parameter.numel() for parameter in model.parameters())
     stage.say(f"training a base of {size:,} parameters on {compute.device}")
     recorder = StageRecorder(stage, "loss", "tokens")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apprentice.recorder import Recorder, State
+from tasks.room import writing
 from tasks.stage import Stage, stores_root
 
 
@@ -82,12 +83,15 @@ def save_state(folder: Path, state: State) -> None:
     rest = _take_tensors(state, "", tensors)
     partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "tensors.safetensors")
-    (partial / "rest.json").write_text(json.dumps(rest))
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    text = json.dumps(rest)
+    needed = len(text) + sum(tensor.nbytes for tensor in tensors.values())
+    with writing(partial, needed, "the previous snapshot stays"):
+        partial.mkdir()
+        save_file(tensors, partial / "tensors.safetensors")
+        (partial / "rest.json").write_text(text)
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     if folder.exists():  # else a crash left `old` alone, and it stays until the new state has its name
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

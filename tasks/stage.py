@@ -4,6 +4,7 @@ A stage module is `def main(stage): read, call one core function, write` and end
 """
 
 import csv
+import errno
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ NUMBERS_ADVICE = (
     "Nothing was trained on it; the last snapshot stays under .resume/. Lower the learning rate (params.yaml, section `{}`) "
     "or look for a model or reward that is broken already."
 )
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, quota exceeded
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PRIVACY = {  # no tool phones home, under a plain `dvc repro` neither
@@ -226,6 +228,10 @@ def run(
         failed = f"{type(error).__name__}: {error}"
     except NumbersError as error:
         failed = f"NumbersError: {error}\n{NUMBERS_ADVICE.format(name)}"
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        failed = f"StageError: the disk is full ({error}); free some of {ROOT} and give the same command again"
     if failed:
         print(f"[{name}] {failed}", file=sys.stderr, flush=True)
         raise SystemExit(2)

@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from apprentice.demonstrations import prompt_id, read_jsonl
 from tasks.preset import apply
 from tasks.report_metrics import METRICS, TRAINING
 from tasks.stage import read_params
+from tests.chaos.kills import chaos, table
 from tests.conftest import Project, copy_project
 
 pytestmark = pytest.mark.slow
@@ -30,6 +30,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, s
     """The project after `python -m flows.align`, with what the command printed."""
     project = copy_project(tmp_path_factory.mktemp("whole") / "project")
     apply("smoke", project.root)
+    project.set(runtime__checkpoint_steps=1)  # makes no stage stale
     project.path("methods/dvc.lock").unlink(missing_ok=True)  # of another size, as the main line's
     (project.root / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
     yield project, project.run("-m", "flows.align", **own_stores(project))
@@ -126,30 +127,17 @@ def test_push_and_pull_bring_everything_back(built: Any, tmp_path: Path) -> None
         assert (elsewhere.root / name).read_bytes() == (project.root / name).read_bytes()
 
 
-def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(built: Any) -> None:
-    """kill -9 in the middle of SRPPO; the same command again."""
+def test_killed_stages_go_on_and_end_with_the_same_bytes(built: Any) -> None:
+    """A short schedule; `make chaos` carries out a long one over every stage."""
     project = built[0]
-    params = project.root / "params.yaml"
-    raw = yaml.safe_load(params.read_text())
-    raw["runtime"]["checkpoint_seconds"] = 0  # a snapshot after each step; makes no stage stale
-    params.write_text(yaml.safe_dump(raw, sort_keys=False))
-    weights = project.root / "data/models/srppo/model.safetensors"
-    undisturbed, lock = weights.read_bytes(), (project.root / "dvc.lock").read_bytes()
+    lock = project.path("dvc.lock").read_bytes()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **own_stores(project), "PYTHONPATH": str(project.root), "PATH": path}
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", "srppo"]
-    child = subprocess.Popen(command, cwd=project.root, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    folder, deadline = project.root / ".resume" / "srppo", time.monotonic() + 120
-    while not list(folder.glob("*/last")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(child.pid, 9)
-    child.wait()
-    assert list(folder.glob("*/last")) and not weights.exists()
-    done = dvc(project, "repro", "--single-item", "--force", "srppo")
-    assert "continuing after step" in done.stdout
-    assert weights.read_bytes() == undisturbed and not list(folder.glob("*/last"))
-    assert (project.root / "dvc.lock").read_bytes() == lock
-    assert "up to date" in dvc(project, "status", "dvc.yaml").stdout
+    stages = ["pretrain", "sft", "srppo", "pairs", "rso", "evaluate@srppo"]
+    records = chaos(project, 10, 0, environment, stages)
+    assert all(record.good for record in records), table(records, 0)
+    assert sum(record.resumed is not None for record in records) >= 8, table(records, 0)
+    assert project.path("dvc.lock").read_bytes() == lock and "up to date" in dvc(project, "status", "dvc.yaml").stdout
 
 
 def test_every_further_method_after_the_main_line(built: Any) -> None:

@@ -44,8 +44,8 @@ class Killed:
 
     @property
     def good(self) -> bool:
-        """The same bytes, and nothing done again that had been saved."""
-        return self.same and self.resumed == self.saved
+        """The same bytes, and nothing done again that had been saved (a kill may fall between a save and its note)."""
+        return self.same and (self.saved is None or (self.resumed is not None and self.resumed >= self.saved))
 
 
 class Victim:

@@ -1,0 +1,66 @@
+"""What work on models takes of memory and disk, from their configurations alone: estimated before anything is loaded.
+
+Weights, gradients and Adam's two moments are float32 here, 16 bytes a trained parameter and 4 a frozen one. Activations follow
+Korthikanti et al. (2205.05198, eq. 2: 34 bytes a token, unit of width and layer at 2 bytes a number) without the attention
+term, which fused attention does not store.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from apprentice.compute import Compute
+
+TRAINED, FROZEN, SNAPSHOT = 16, 4, 12  # bytes a parameter: in memory, in memory, of weights and moments in a snapshot
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimates need of a model. parameters: tied ones once. cache_width: numbers that a layer's cache has a token."""
+
+    parameters: int
+    layers: int
+    width: int
+    vocabulary: int
+    cache_width: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes. certain: of the models themselves. memory: with passes, cache and the copy that a snapshot takes. disk: outputs,
+    once more in DVC's cache, and two snapshots, the previous one staying until the new one is whole."""
+
+    certain: int
+    memory: int
+    disk: int
+
+
+def shape_of(config: PretrainedConfig) -> Shape:
+    """The shape of a causal language model; its weights are made nowhere."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Shape(parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size, 2 * heads * head)
+
+
+def footprint(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Compute, samples: bool) -> Footprint:
+    """What training some models (or none) beside frozen ones takes; `samples`: whether one of them is sampled from."""
+    own = sum(shape.parameters for shape in trained)
+    certain = TRAINED * own + FROZEN * sum(shape.parameters for shape in frozen)
+    passes = max(_pass(shape, compute, bool(trained)) for shape in [*trained, *frozen])
+    numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
+    cache = numbers * compute.dtype.itemsize if samples else 0
+    disk = 2 * FROZEN * max((shape.parameters for shape in trained), default=0) + 2 * SNAPSHOT * own
+    return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, disk)
+
+
+def _pass(shape: Shape, compute: Compute, training: bool) -> int:
+    """Bytes of one forward pass: logits in float32 and their log-softmax, and with gradients what the way back needs."""
+    logits = compute.forward_tokens * shape.vocabulary * 4 * (3 if training else 2)
+    activations = 17 * compute.dtype.itemsize * compute.forward_tokens * shape.width * (shape.layers if training else 1)
+    return logits + activations

@@ -1,0 +1,105 @@
+"""Room in memory and on disk: estimated and said before long work; where it gives out, an error that names what is missing."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.stage import FULL, Stage, StageError
+
+if TYPE_CHECKING:
+    from apprentice.compute import Compute
+
+
+def preflight(stage: Stage, compute: "Compute", trained: Sequence[str], frozen: Sequence[str], samples: bool) -> None:
+    """The same for models of the pipeline, by name."""
+    from transformers import AutoConfig
+
+    from apprentice.policy import checkpoint_arguments
+    from tasks.checkpoints import model_folder
+
+    def config(name: str) -> Any:
+        return AutoConfig.from_pretrained(**checkpoint_arguments(model_folder(stage, name)), trust_remote_code=False)
+
+    check_room(stage, compute, [config(name) for name in trained], [config(name) for name in dict.fromkeys(frozen)], samples)
+
+
+def check_room(stage: Stage, compute: "Compute", trained: Sequence[Any], frozen: Sequence[Any], samples: bool) -> None:
+    """Say what training and scoring models of these configurations, and sampling from one, is estimated to take.
+
+    Raises StageError where the models alone are larger than the memory, or what is to be written larger than the free disk.
+    """
+    from apprentice.footprint import footprint, shape_of
+
+    needs = footprint([shape_of(one) for one in trained], [shape_of(one) for one in frozen], compute, samples)
+    free_memory, memory = memory_of(compute)
+    free_disk = shutil.disk_usage(stage.reports).free
+    stage.say(
+        f"needs about {size(needs.memory)} more memory ({size(free_memory)} free) and {size(needs.disk)} of disk "
+        f"({size(free_disk)} free)"
+    )
+    if needs.certain > memory:
+        raise StageError(
+            f"{stage.name}: weights, gradients and optimizer take {size(needs.certain)}, and {compute.device} has "
+            f"{size(memory)} of memory in all; take a smaller checkpoint or a larger machine"
+        )
+    if needs.disk > free_disk:
+        raise StageError(
+            f"{stage.name}: the model, its copy in DVC's cache and two snapshots take {size(needs.disk)} of disk, and "
+            f"{size(free_disk)} are free at {stage.reports}; free some (`dvc gc --workspace` drops what no stage uses any more)"
+        )
+    if needs.memory > free_memory:
+        stage.warn("that is more memory than is free: lower compute.forward_tokens or compute.cache_tokens if it gives out")
+
+
+def memory_of(compute: "Compute") -> tuple[int, int]:
+    """Free and all memory of the device, in bytes."""
+    import psutil
+    import torch
+
+    if compute.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(compute.device)
+        return int(free), int(total)
+    found = psutil.virtual_memory()
+    return int(found.available), int(found.total)
+
+
+@contextmanager
+def writing(path: Path, needed: int, kept: str) -> Iterator[None]:
+    """Write `needed` bytes at a path. Raises StageError where the disk is full, before or while writing; `kept`: what stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if needed > shutil.disk_usage(path.parent).free:
+        raise full(path, needed, kept)
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            shutil.rmtree(path, ignore_errors=True)
+            raise full(path, needed, kept) from None
+        raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a library says that the disk is full; safetensors says so in text only."""
+    return getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL)
+
+
+def full(path: Path, needed: int, kept: str) -> StageError:
+    """The error of a full disk."""
+    free = shutil.disk_usage(path.parent).free
+    return StageError(
+        f"the disk is full: {path} takes {size(needed)}, and {size(free)} are free; {kept}. Free some of it and give the same "
+        "command again"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1536 is 1.5 KiB."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"

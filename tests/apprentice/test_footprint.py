@@ -1,0 +1,87 @@
+"""Estimates of memory and disk: by hand on a made-up shape, counted on real configurations, measured on a model that fills."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from apprentice.compute import Compute
+from apprentice.footprint import Shape, footprint, shape_of
+from tests.apprentice.toys import tiny_llama
+
+SHAPE = Shape(parameters=1000, layers=2, width=8, vocabulary=50, cache_width=16)
+SMALLER = Shape(parameters=10, layers=1, width=8, vocabulary=50, cache_width=16)
+COMPUTE = Compute(torch.device("cpu"), torch.float32, forward_tokens=10, cache_tokens=100)
+
+
+def test_training_by_hand() -> None:
+    """Logits 10 * 50 * 4 * 3, activations 34 * 2 bytes * 10 * 8 * 2 layers: 16880, more than the cache's 2 * 16 * 100 * 4."""
+    found = footprint([SHAPE], [SMALLER], COMPUTE, samples=True)
+    assert found.certain == 16 * 1000 + 4 * 10
+    assert found.memory == found.certain + 16880 + 12 * 1000
+    assert found.disk == 2 * 4 * 1000 + 2 * 12 * 1000
+
+
+def test_sampling_by_hand() -> None:
+    """Nothing is written but rows; the cache is larger than a pass of 10 * 50 * 4 * 2 + 68 * 10 * 8."""
+    found = footprint([], [SHAPE, SMALLER], COMPUTE, samples=True)
+    assert (found.certain, found.memory, found.disk) == (4040, 4040 + 12800, 0)
+    assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False).memory == 4040 + 4000 + 5440
+
+
+def test_a_critic_is_trained_too_and_only_one_model_is_written() -> None:
+    found = footprint([SHAPE, SHAPE], [], COMPUTE, samples=True)
+    assert found.certain == 2 * 16 * 1000 and found.disk == 2 * 4 * 1000 + 2 * 12 * 2000
+
+
+def test_a_shape_counts_what_the_model_has_tied_weights_once() -> None:
+    model = tiny_llama(0, vocab=12, num_key_value_heads=1)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert shape_of(model.config) == Shape(expected, 2, 16, 12, 2 * 1 * 8)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_names_of_other_families_are_understood() -> None:
+    gpt2 = shape_of(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=40, n_positions=16))
+    assert (gpt2.layers, gpt2.width, gpt2.vocabulary, gpt2.cache_width) == (3, 32, 40, 64)
+
+
+def test_a_large_model_is_estimated_without_being_made() -> None:
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    assert shape_of(config).parameters == 6_738_415_616  # the published count of Llama 7B
+
+
+MEASURED = """
+import resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from apprentice.footprint import footprint, shape_of
+from apprentice.compute import Compute
+from apprentice.policy import token_logps
+torch.set_num_threads(1)
+config = LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4)
+tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+warm = LlamaForCausalLM(tiny)
+warm(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+compute = Compute(torch.device("cpu"), torch.float32, forward_tokens=1024)
+model = LlamaForCausalLM(config)
+optimizer = torch.optim.AdamW(model.parameters())
+ids = torch.randint(8000, (8, 128))
+for _ in range(2):
+    optimizer.zero_grad()
+    (-token_logps(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).mean()).backward()
+    optimizer.step()
+copy = [value.clone() for value in model.parameters()] + [v.clone() for s in optimizer.state.values() for v in s.values()]
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(footprint([shape_of(config)], [], compute, samples=False).memory / used)
+"""
+
+
+@pytest.mark.slow
+def test_the_estimate_is_near_what_a_process_takes() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert 0.6 < float(done.stdout) < 1.7, done.stdout

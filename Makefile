@@ -2,6 +2,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
+SECONDS  ?= 600
 BIN      := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export DO_NOT_TRACK = true
@@ -13,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_UPDATE_DOWNLOAD_COUNTS = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run methods test test-fast check format audit preset ui
+.PHONY: help setup run methods test test-fast fuzz check format audit preset ui
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -41,6 +42,9 @@ test: setup   ## every test, the whole reduced pipeline included
 
 test-fast: setup ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"
+
+fuzz: setup   ## broken bytes through the readers of `ingest`, each for SECONDS: make fuzz SECONDS=600
+	@FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/malformed/test_fuzz.py
 
 check: setup  ## ruff and mypy; edits nothing
 	@$(BIN)/python -m ruff format --check .

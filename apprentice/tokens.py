@@ -31,11 +31,11 @@ _MARK = "\ue000"  # a private-use character that stands for a content while its 
 def train_word_tokenizer(texts: Iterable[str], max_words: int, known: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are whole words split at whitespace.
 
-    The vocabulary is `known`, then the most frequent words of `texts`, `max_words` in all; anything else is `<unk>`.
-    Reserved tokens (roles, quality classes, judge labels) come after the words.
+    The vocabulary is `known`, then the most frequent words of `texts`, `max_words` in all; anything else is `<unk>`, the names
+    of reserved tokens (roles, quality classes, judge labels) written in a text included. These come after the words.
     """
     counts = Counter(word for text in texts for word in text.split())
-    for word in known:
+    for word in (*known, "<unk>", *SPECIAL):
         counts.pop(word, None)
     frequent = sorted(counts, key=lambda word: (-counts[word], word))
     words = ["<unk>", *dict.fromkeys([*known, *frequent])][: max_words + 1]

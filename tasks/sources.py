@@ -4,7 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -113,8 +113,8 @@ def _shown(line: bytes) -> str:
 
 
 def _line(error: Exception) -> str:
-    """A library's message as one line."""
-    return " ".join(str(error).split())
+    """A library's message as one line, its control characters as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
 
 
 def _twice(names: Sequence[str]) -> set[str]:
@@ -143,10 +143,12 @@ def _read_csv(path: Path) -> Iterator[Raw]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader, line = csv.reader(_bounded_lines(file), strict=True), 1
         try:
-            header, line = next(reader, []), reader.line_num + 1
-            _expect_once(path, header)
+            header: list[str] = []
             for cells in reader:
-                if len(cells) == len(header):
+                if cells and not header:
+                    header = cells
+                    _expect_once(path, header)
+                elif cells and len(cells) == len(header):
                     yield Raw(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
                 elif cells:
                     yield Raw(line, ",".join(cells)[:SHOWN], f"{len(cells)} cells under {len(header)} columns")
@@ -174,9 +176,9 @@ def _read_parquet(path: Path) -> Iterator[Raw]:
     try:
         with ParquetFile(path) as file:
             _expect_once(path, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1000):
-                for number, row in enumerate(batch.to_pylist(), number + 1):
-                    yield Raw(number, row)
+            batches = file.iter_batches(batch_size=1000)
+            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                yield Raw(number, row)
     except StageError:
         raise
     except Exception as error:  # pyarrow raises all sorts on broken bytes

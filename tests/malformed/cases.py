@@ -136,9 +136,9 @@ def csv_among(lines: list[str], header: str = "prompt,response") -> bytes:
 
 
 def table(rows: list[dict[str, Any]], schema: pyarrow.Schema | None = None) -> bytes:
-    """Parquet."""
+    """Parquet, uncompressed, so that broken bytes reach the values."""
     sink = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), sink)
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), sink, compression="none")
     return sink.getvalue()
 
 
@@ -338,7 +338,7 @@ def file_cases() -> Iterator[Case]:
         ("quote closed too soon", "csv", csv_among(['"question" 61,4']), "the CSV row that begins on line 32 is broken"),
         ("quote in the header", "csv", csv_among([], 'prompt,"response'), "the CSV row that begins on line 1 is broken"),
         ("50 MB in a CSV line", "csv", lambda: csv_among(["x" * MANY]), "on line 32 is broken: line of 4194304"),
-        ("50 MB in a quoted cell", "csv", lambda: csv_among(['"' + "x\n" * (MANY // 2) + '",4']), "on line 32 is broken: field"),
+        ("50 MB in a quoted cell", "csv", lambda: csv_among(['"' + "x\n" * (MANY // 2) + '",4']), "line 32 is broken: field"),
         *((f"parquet cut to {end} bytes", "parquet", PARQUET[:end], NO_PARQUET) for end in (3, 4, 8, 100, len(PARQUET) - 1)),
         ("parquet without its beginning", "parquet", PARQUET[8:], NO_PARQUET),
         ("parquet of no rows", "parquet", table([], pyarrow.schema([("prompt", pyarrow.string())])), NO_ROWS),

@@ -2,6 +2,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
+SECONDS  ?= 600
 BIN      := $(VENV)/bin
 SPREAD   := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -14,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_UPDATE_DOWNLOAD_COUNTS = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run methods test test-fast chaos check format audit preset ui
+.PHONY: help setup run methods test test-fast chaos fuzz check format audit preset ui
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -45,6 +46,9 @@ test-fast: setup ## the tests that take seconds
 
 chaos: setup  ## kill running stages 100 times, compare what comes out with the undisturbed bytes: make chaos KILLS=200 SEED=1
 	@$(BIN)/python -m tests.chaos.kills $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+fuzz: setup   ## broken bytes through the readers of `ingest`, each for SECONDS: make fuzz SECONDS=600
+	@FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/malformed/test_fuzz.py
 
 check: setup  ## ruff and mypy; edits nothing
 	@$(BIN)/python -m ruff format --check .

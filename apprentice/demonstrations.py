@@ -1,13 +1,15 @@
 """Rows of prompt and response: the one schema, its files, its ids and its split.
 
-An id is a hash of the content, the split a hash of the prompt alone: adding rows moves no other row, and one prompt never
-lies on both sides.
+An id is a hash of the content, the split a hash of the prompt's question alone: adding rows moves no other row, and one
+question never lies on both sides, however it is spaced or encoded.
 """
 
 import hashlib
 import json
 import os
+import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +20,7 @@ Message = dict[str, str]
 Prompt = str | list[Message]
 Split = Literal["train", "validation", "evaluation"]
 OUT_OF_DOMAIN = ("out_of_domain_pool", "out_of_domain_unseen")  # domains that together are `out_of_domain`
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 QUALITIES = ("expert", "mixed", "poor")  # the closed set of quality classes
 
 
@@ -55,9 +58,18 @@ def prompt_id(prompt: Prompt) -> str:
     return digest(prompt)[:16]
 
 
+def question(prompt: Prompt) -> Prompt:
+    """What a prompt asks, for the split and the check for leaks: composed (NFC), runs of white space as one space, invisible
+    characters left out."""
+    if not isinstance(prompt, str):
+        return [{**message, "content": str(question(message["content"]))} for message in prompt]
+    visible = "".join(character for character in prompt if unicodedata.category(character) != "Cf")
+    return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", visible)).split())
+
+
 def split_of(prompt: Prompt, validation_share: float, evaluation_share: float) -> Split:
-    """Where a prompt belongs, for ever: decided by its hash alone."""
-    place = int(digest(["split", prompt])[:12], 16) / 16**12
+    """Where a prompt belongs, for ever: decided by the hash of its question alone."""
+    place = int(digest(["split", question(prompt)])[:12], 16) / 16**12
     if place < evaluation_share:
         return "evaluation"
     return "validation" if place < evaluation_share + validation_share else "train"

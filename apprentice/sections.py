@@ -27,6 +27,7 @@ class RuntimeConfig:
     resume_folders: CountOrZero
     retries: CountOrZero
     parallel_stages: Count | None
+    outside_project: bool
 
 
 @dataclass(frozen=True)

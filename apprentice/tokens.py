@@ -31,11 +31,11 @@ _MARK = "\ue000"  # a private-use character that stands for a content while its 
 def train_word_tokenizer(texts: Iterable[str], max_words: int, known: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are whole words split at whitespace.
 
-    The vocabulary is `known`, then the most frequent words of `texts`, `max_words` in all; anything else is `<unk>`.
-    Reserved tokens (roles, quality classes, judge labels) come after the words.
+    The vocabulary is `known`, then the most frequent words of `texts`, `max_words` in all; anything else is `<unk>`, the names
+    of reserved tokens (roles, quality classes, judge labels) written in a text included. These come after the words.
     """
     counts = Counter(word for text in texts for word in text.split())
-    for word in known:
+    for word in (*known, "<unk>", *SPECIAL):
         counts.pop(word, None)
     frequent = sorted(counts, key=lambda word: (-counts[word], word))
     words = ["<unk>", *dict.fromkeys([*known, *frequent])][: max_words + 1]
@@ -165,7 +165,9 @@ class Batch:
         return total
 
     def rows(self, rows: Sequence[int] | Tensor) -> "Batch":
-        """Some of the rows, trimmed to the longest of them."""
+        """Some of the rows, trimmed to the longest of them; ValueError when none is asked for."""
+        if not len(rows):
+            raise ValueError(f"Batch.rows: expected at least one of the {len(self.ids)} rows, got none")
         index = torch.as_tensor(rows, device=self.ids.device)
         prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
         return Batch(self.ids[index, : int((prompts + responses).max())], prompts, responses)
@@ -192,8 +194,11 @@ class Batch:
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int) -> Batch:
     """Put prompts and responses (lists of ids, responses with their end token) into one batch.
 
-    Raises ValueError for a prompt or response without a token: its first token would have no position before it.
+    Raises ValueError for no rows at all, and for a prompt or response without a token: its first token would have no position
+    before it.
     """
+    if not prompts:
+        raise ValueError("collate: expected at least one prompt with its response, got none")
     for name, rows in (("prompt", prompts), ("response", responses)):
         if not all(rows):
             raise ValueError(f"collate: {name} {next(i for i, ids in enumerate(rows) if not ids)} has no token")

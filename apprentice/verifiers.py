@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+_NUMBER = re.compile(r"([+-]?)\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
 def world_answer(text: str) -> str | None:
@@ -19,17 +19,20 @@ def world_answer(text: str) -> str | None:
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """The number after the last `####`, normalised ($1,072.0 is 1072); None where no number alone stands there."""
+    """The number after the last `####`, normalised ($1,072.0 is 1072); None where not one number alone stands there."""
     _, marker, tail = text.rpartition("####")
     return _normal_number(tail) if marker else None
 
 
+def plain_number(value: Decimal) -> str:
+    """Every digit of a finite number and no more: 72 for 72.0, 0 for -0.00, no exponent, nothing rounded."""
+    whole, _, fraction = format(value, "f").partition(".")
+    return (f"{whole}.{fraction}".rstrip("0").rstrip(".") if fraction else whole) if value else "0"
+
+
 def _normal_number(text: str) -> str | None:
-    bare = re.sub(r"[\s,$]", "", text)
-    if not _NUMBER.fullmatch(bare):
-        return None
-    value = Decimal(bare)
-    return format(value.normalize() if value else Decimal(0), "f")
+    found = _NUMBER.fullmatch(text.replace(",", "").replace("$", " ").strip())
+    return plain_number(Decimal("".join(found.groups()))) if found else None
 
 
 def _gsm8k(response: str, answer: str) -> bool:

@@ -4,6 +4,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 from apprentice.demonstrations import (
@@ -18,7 +19,7 @@ from apprentice.demonstrations import (
     split_of,
 )
 from apprentice.sections import IngestConfig
-from apprentice.verifiers import ANSWERS
+from apprentice.verifiers import ANSWERS, plain_number
 from tasks.sources import Raw, Row
 
 ROLES = ("system", "user", "assistant")
@@ -52,26 +53,50 @@ class Cleaned:
 
 
 def clean(raws: Iterable[Raw], read: Callable[[Row], Row], config: IngestConfig, origin: str) -> Cleaned:
-    """Normalise each row, reject what cannot be used, drop what was there before."""
+    """Normalise each row, reject what cannot be used, and make one row of those with the same prompt and response."""
     cleaned = Cleaned()
-    ids: set[str] = set()
-    prompts: set[str] = set()
+    same: dict[str, list[tuple[Raw, Demonstration]]] = {}
     for raw in raws:
         try:
             row = _canonical(raw, read, config.max_characters, origin)
-            if row.id in ids:
-                raise Reject("exact duplicate")
-            prompt = prompt_id(row.prompt)
-            if config.same_prompt == "first" and row.response is not None and prompt in prompts:
-                raise Reject("prompt seen before with another response")
+            same.setdefault(row.id, []).append((raw, row))
         except Reject as error:
             cleaned.reject(raw, str(error))
+    prompts: set[str] = set()
+    for copies in same.values():
+        raw, others = copies[0][0], [other for other, _ in copies[1:]]
+        try:
+            row = _merged(copies)
+        except Reject as error:
+            for one in (raw, *others):
+                cleaned.reject(one, str(error))
             continue
-        ids.add(row.id)
+        for other in others:
+            cleaned.reject(other, "exact duplicate")
+        prompt = prompt_id(row.prompt)
+        if config.same_prompt == "first" and row.response is not None and prompt in prompts:
+            cleaned.reject(raw, "prompt seen before with another response")
+            continue
         if row.response is not None:
             prompts.add(prompt)
         cleaned.kept.append((raw, row))
+    cleaned.rejected.sort(key=lambda rejected: rejected["line"])
     return cleaned
+
+
+def _merged(copies: list[tuple[Raw, Demonstration]]) -> Demonstration:
+    """The first of rows with the same prompt and response, with the quality and answer that any of them has.
+
+    Rejected where two of them have different ones: which one holds must not depend on their order.
+    """
+    labels: dict[str, str | None] = {}
+    for name in ("quality", "answer"):
+        lines = {getattr(row, name): raw.line for raw, row in reversed(copies) if getattr(row, name) is not None}
+        if len(lines) > 1:
+            one, other, *_ = sorted(lines.values())
+            raise Reject(f"conflicting duplicates: the same prompt and response in lines {one} and {other}, and another {name}")
+        labels[name] = next(iter(lines), None)
+    return replace(copies[0][1], **labels)
 
 
 def add_answers(cleaned: Cleaned, verifier: str) -> Cleaned:
@@ -99,16 +124,23 @@ def _canonical(raw: Raw, read: Callable[[Row], Row], max_characters: int, origin
     for name, text in (("prompt", prompt_text(prompt)), ("response", response or "")):
         if len(text) > max_characters:
             raise Reject(f"too long: {name} of {len(text)} characters")
-    answer = fields.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
     return demonstration(
         prompt,
         response,
         _optional("source", fields.get("source")) or f"{origin}:{raw.line}",
         quality=_optional("quality", fields.get("quality")),
-        answer=_optional("answer", answer),
+        answer=_optional("answer", _number_as_text(fields.get("answer"))),
     )
+
+
+def _number_as_text(value: Any) -> Any:
+    """A number with every digit it has and no exponent, 72 for 72.0; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return value
+    number = Decimal(str(value)) if isinstance(value, float) else Decimal(value)
+    if not number.is_finite():
+        raise Reject(f"not finite: answer is {value}")
+    return plain_number(number)
 
 
 def _prompt(value: Any) -> Prompt:

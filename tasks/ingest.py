@@ -1,6 +1,7 @@
 """From a source of demonstrations to clean, hashed, split tables in data/clean."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from apprentice.demonstrations import Prompt, Split, atomic_write, split_of, write_demonstrations, write_jsonl
 from apprentice.world import WorldError, make_preferences, make_tables
 from tasks.cleaning import Tables, add_answers, answer_rows, choose_verifier, clean, split_tables
-from tasks.sources import read_source, recognise
+from tasks.sources import SHOWN, read_source, recognise
 from tasks.stage import Stage, StageError, run
 
+DEPTH = 20  # of nesting in a rejected row, as it is shown
 TABLES = ("demonstrations", "validation", "prompts", "evaluation")
 Rows = list[dict[str, Any]]
 
@@ -62,6 +64,8 @@ def _world_tables(stage: Stage) -> tuple[Tables, Rows, dict[str, Any]]:
 def _source_tables(stage: Stage, rejected: Path) -> tuple[Tables, dict[str, Any]]:
     config = stage.config
     origin = config.source.name if config.source.kind == "hub" else config.source.path
+    if config.source.kind != "hub":
+        stage.expect_inside(stage.data.parent / config.source.path, "ingest.source.path")
     raws = list(read_source(config.source, stage.data.parent))
     if not raws:
         raise StageError(f"{origin}: no rows in it")
@@ -87,7 +91,21 @@ def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
     """Escaped to ASCII, since the text of a rejected row may hold what UTF-8 cannot."""
     with atomic_write(path) as file:
         for row in rejected:
-            file.write(json.dumps(row, ensure_ascii=True, default=str) + "\n")
+            file.write(json.dumps(_shown(row), ensure_ascii=True, allow_nan=False) + "\n")
+
+
+def _shown(value: Any, depth: int = 0) -> Any:
+    """A value of a rejected row as strict JSON: long texts cut, what JSON cannot say or is nested deeply as text."""
+    if isinstance(value, dict | list | tuple) and depth > DEPTH:
+        return "..."
+    if isinstance(value, dict):
+        return {str(key): _shown(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(item, depth + 1) for item in value]
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def _check_rejected(stage: Stage, figures: dict[str, Any]) -> None:

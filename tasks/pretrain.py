@@ -50,6 +50,8 @@ def pin(stage: Stage) -> None:
 
     checkpoint, revision = stage.config.checkpoint, stage.config.revision
     local = Path(checkpoint)
+    if local.exists():
+        stage.expect_inside(local, "pretrain.checkpoint")
     if not local.is_dir() and not revision:
         raise StageError(f"pretrain.revision: expected the commit of {checkpoint!r}, so that it cannot change; got null")
     if local.is_dir():

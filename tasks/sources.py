@@ -2,14 +2,19 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from apprentice.sections import SourceConfig
 from tasks.stage import StageError
 
 Row = dict[str, Any]
+MAX_LINE = 2**22  # bytes of a JSONL line, characters of a CSV line or cell: what is longer is never held in memory
+SHOWN = 1000  # characters of a text that cannot be used
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Raw(NamedTuple):
@@ -34,77 +39,166 @@ def read_source(source: SourceConfig, root: Path) -> Iterator[Raw]:
     Raises StageError where the source as a whole cannot be read.
     """
     if source.kind == "hub":
-        return _read_hub(source)
+        yield from _read_hub(source)
+        return
     path = root / source.path
-    if not path.is_file():
-        raise StageError(f"ingest.source.path: no file {source.path!r}")
-    return {"jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}[source.kind](path)
+    try:
+        if not path.is_file():
+            raise StageError(f"ingest.source.path: no file {source.path!r}")
+        yield from {"jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}[source.kind](path)
+    except OSError as error:
+        raise StageError(f"ingest.source.path: {source.path!r} cannot be read: {error.strerror or error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Raw]:
+    _expect_utf8(path)
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
+        for number in count(1):
+            line = file.readline(MAX_LINE)
+            if not line:
+                return
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                length = len(line) + _skip_line(file)
+                yield Raw(number, _shown(line), f"line of {length} bytes, expected fewer than {MAX_LINE}")
+            elif line.strip():
                 yield _parse_json(number, line)
 
 
+def _skip_line(file: IO[bytes]) -> int:
+    """Read on to the end of the line; how many bytes it had left."""
+    skipped = 0
+    while chunk := file.readline(MAX_LINE):
+        skipped += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return skipped
+
+
 def _parse_json(number: int, line: bytes) -> Raw:
-    shown = line.decode("utf-8", errors="backslashreplace").strip()[:1000]
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole)
     except UnicodeDecodeError as error:
-        return Raw(number, shown, f"not UTF-8 at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        return Raw(number, shown, f"not JSON, {error}")
+        return Raw(number, _shown(line), f"not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return Raw(number, _shown(line), f"not JSON, {error}")
+    except RecursionError:
+        return Raw(number, _shown(line), "nested too deeply")
+    except ValueError as error:  # of the three below
+        return Raw(number, _shown(line), str(error))
     if not isinstance(row, dict):
-        return Raw(number, shown, f"expected a JSON object, got {type(row).__name__}")
+        return Raw(number, _shown(line), f"expected a JSON object, got {type(row).__name__}")
     return Raw(number, row)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"key more than once, {_listed(_twice([name for name, _ in pairs]))}")
+    return row
+
+
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"not JSON, {name} is no JSON value")
+
+
+def _whole(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError as error:  # Python reads no more than 4300
+        raise ValueError(f"a number of {len(digits)} digits") from error
+
+
+def _shown(line: bytes) -> str:
+    return line[:SHOWN].decode("utf-8", errors="backslashreplace").strip()[:SHOWN]
+
+
+def _line(error: Exception) -> str:
+    """A library's message as one line, its control characters as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
+
+
+def _twice(names: Sequence[str]) -> set[str]:
+    return {name for name, times in Counter(names).items() if times > 1}
+
+
+def _listed(names: Iterable[str], most: int = 20) -> str:
+    """Names from outside, fit for one line of a message."""
+    plain = [name if name.isprintable() else ascii(name) for name in sorted(names)]
+    rest = f" and {len(plain) - most} more" if len(plain) > most else ""
+    return ", ".join(name if len(name) <= 60 else f"{name[:60]}..." for name in plain[:most]) + rest
+
+
+def _expect_utf8(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(2) in UTF_16:
+            raise StageError(
+                f"{path.name}: expected UTF-8, got UTF-16 by its first two bytes; `iconv -f UTF-16 -t UTF-8` converts it"
+            )
 
 
 def _read_csv(path: Path) -> Iterator[Raw]:
     """Every cell is text (a data-frame reader would turn the response "72" into a number); an empty one is missing."""
-    csv.field_size_limit(2**31 - 1)
+    _expect_utf8(path)
+    csv.field_size_limit(MAX_LINE)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader, line = csv.reader(file, strict=True), 1
+        reader, line = csv.reader(_bounded_lines(file), strict=True), 1
         try:
-            header, line = next(reader, []), reader.line_num + 1
-            if twice := sorted({name for name in header if header.count(name) > 1}):
-                raise StageError(
-                    f"{path.name}: expected each column once, got {', '.join(twice)} more than once; rename or drop it"
-                )
+            header: list[str] = []
             for cells in reader:
-                if len(cells) == len(header):
+                if cells and not header:
+                    header = cells
+                    _expect_once(path, header)
+                elif cells and len(cells) == len(header):
                     yield Raw(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
                 elif cells:
-                    yield Raw(line, ",".join(cells)[:1000], f"{len(cells)} cells under {len(header)} columns")
+                    yield Raw(line, ",".join(cells)[:SHOWN], f"{len(cells)} cells under {len(header)} columns")
                 line = reader.line_num + 1
         except csv.Error as error:
             raise StageError(f"{path.name}: the CSV row that begins on line {line} is broken: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Raw]:
-    from datasets import load_dataset
+def _bounded_lines(file: IO[str]) -> Iterator[str]:
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise csv.Error(f"line of {MAX_LINE} characters or more")
+        yield line
 
+
+def _expect_once(path: Path, columns: Sequence[str]) -> None:
+    if twice := _twice(columns):
+        raise StageError(f"{path.name}: expected each column once, got {_listed(twice)} more than once; rename or drop it")
+
+
+def _read_parquet(path: Path) -> Iterator[Raw]:
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
     try:
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield Raw(number, dict(row))
-    except Exception as error:  # of pyarrow, datasets or fsspec
-        raise StageError(f"{path.name}: expected a Parquet file, and it cannot be read as one: {error}") from error
+        with ParquetFile(path) as file:
+            _expect_once(path, file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=1000)
+            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                yield Raw(number, row)
+    except StageError:
+        raise
+    except Exception as error:  # pyarrow raises all sorts on broken bytes
+        where = f"after row {number}" if number else "from its start"
+        raise StageError(
+            f"{path.name}: expected a Parquet file, and it cannot be read as one {where}: {_line(error)}"
+        ) from error
 
 
 def _read_hub(source: SourceConfig) -> Iterator[Raw]:
     from datasets import load_dataset
 
+    if Path(str(source.name)).exists():
+        raise StageError(f"ingest.source.name: {source.name!r} is a local path, expected a data set of the hub")
     try:
         rows = load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    except Exception as error:
-        raise StageError(f"ingest.source: cannot load {source.name!r} from the hub: {error}") from error
-    return (Raw(number, dict(row)) for number, row in enumerate(rows, 1))
+        for number, row in enumerate(rows, 1):
+            yield Raw(number, dict(row))
+    except Exception as error:  # of datasets, fsspec or the network
+        raise StageError(f"ingest.source: cannot load {source.name!r} from the hub: {_line(error)}") from error
 
 
 def _by_columns(mapping: dict[str, str]) -> Callable[[Row], Row]:
@@ -148,7 +242,9 @@ def recognise(rows: Sequence[Raw], fields: dict[str, str]) -> Shape:
     Raises StageError, naming the columns found, when no shape fits or a mapped column does not exist.
     """
     columns = [set(raw.row) for raw in rows if isinstance(raw.row, dict)]
-    found = ", ".join(sorted(set().union(*columns))) or "none"
+    if not columns:
+        raise StageError(f"none of the {len(rows)} rows can be read; the first, line {rows[0].line}: {rows[0].error}")
+    found = _listed(set().union(*columns)) or "none"
     for field, column in fields.items():
         if not any(column in names for names in columns):
             raise StageError(f"ingest.fields.{field}: no column {column!r} in the source; its columns: {found}")

@@ -129,6 +129,20 @@ class Stage:
         """The stage's name with its item, e.g. `sft` or `evaluate@base`; `address_of` says where DVC has it."""
         return f"{self.name}@{self.item}" if self.item else self.name
 
+    def expect_inside(self, path: Path, entry: str) -> None:
+        """Raise StageError when a path of the params leads outside the project, symlinks followed, without
+        `runtime.outside_project`."""
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks, a name too long, a NUL in it
+            raise StageError(f"{entry}: {str(path)!r} is no path that can be followed: {error}") from error
+        projects = (self.data.parent.resolve(), stores_root().resolve())
+        if not self.params.runtime.outside_project and not any(map(real.is_relative_to, projects)):
+            raise StageError(
+                f"{entry}: expected a path inside the project, got {str(real)!r}; copy it into the project, or set "
+                "runtime.outside_project: true to read it from there"
+            )
+
     def say(self, message: str) -> None:
         """Print one line under the stage's name."""
         print(f"[{self.label}] {message}", flush=True)

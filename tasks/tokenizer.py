@@ -1,5 +1,7 @@
 """Train the tiny word tokenizer on the clean tables, or take the one of a real checkpoint (pretrain.checkpoint)."""
 
+from pathlib import Path
+
 from tasks.stage import Stage, run
 
 
@@ -13,6 +15,8 @@ def main(stage: Stage) -> None:
     if checkpoint:
         from transformers import AutoTokenizer
 
+        if Path(checkpoint).exists():
+            stage.expect_inside(Path(checkpoint), "pretrain.checkpoint")
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=stage.params.pretrain.revision, trust_remote_code=False)
         stage.say(f"took the tokenizer of {checkpoint}: {len(tokenizer)} tokens")
     else:

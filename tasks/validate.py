@@ -69,14 +69,18 @@ def main(stage: Stage) -> None:
 
 def make_frames(tables: dict[str, list[Row]], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[Row]]:
     """The columns that the suites check: a frame for each table that is not skipped, and `tables` with a row for each text."""
+    from apprentice.demonstrations import prompt_id
+
+    prompts = [row.get("prompt") for rows in tables.values() for row in rows]
+    keys = {prompt_id(prompt): _question_key(prompt) for prompt in prompts}
     splits: dict[str, set[str]] = {}
     for name, rows in tables.items():
         for row in rows:
-            splits.setdefault(_prompt_key(row), set()).add(TABLES[name])
+            splits.setdefault(_prompt_key(row, keys), set()).add(TABLES[name])
     kinds = {"preferences": _checked_pair, "answers": _checked_answer}
     checked = {name: rows for name, rows in tables.items() if rows or name not in OPTIONAL}
     frames = {
-        name: [{**kinds.get(name, _checked)(row), "splits_of_prompt": len(splits[_prompt_key(row)])} for row in rows]
+        name: [{**kinds.get(name, _checked)(row), "splits_of_prompt": len(splits[_prompt_key(row, keys)])} for row in rows]
         for name, rows in checked.items()
     }
     texts = [name for name in frames if name != "answers"]
@@ -88,11 +92,16 @@ def make_frames(tables: dict[str, list[Row]], tokenizer: "PreTrainedTokenizerBas
     return frames
 
 
-def _prompt_key(row: Row) -> str:
-    """The id of a row's prompt, whatever stands in its place."""
-    from apprentice.demonstrations import prompt_id
+def _prompt_key(row: Row, keys: dict[str, str]) -> str:
+    """The question of a row's prompt; of a prompt known by its id only, and in no table, the id."""
+    return keys.get(str(row["prompt_id"]), str(row["prompt_id"])) if "prompt_id" in row else _question_key(row.get("prompt"))
 
-    return str(row["prompt_id"]) if "prompt_id" in row else prompt_id(row.get("prompt"))
+
+def _question_key(prompt: Any) -> str:
+    """The same for every writing of one question, whatever stands in the prompt's place."""
+    from apprentice.demonstrations import prompt_id, question
+
+    return prompt_id(prompt if _text(prompt) is None else question(prompt))
 
 
 def _checked(row: Row) -> Row:

@@ -13,6 +13,7 @@ from apprentice.demonstrations import (
     digest,
     prompt_id,
     prompt_text,
+    question,
     read_demonstrations,
     split_of,
     write_demonstrations,
@@ -36,6 +37,30 @@ def test_digest_ignores_the_order_of_keys_only() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest(["a", "b"]) != digest(["b", "a"]) != digest("ab")
     assert prompt_id([{"role": "user", "content": "x"}]) == prompt_id([{"content": "x", "role": "user"}])
+
+
+VARIANTS = [
+    "How many caf\u00e9s  are\there?",
+    "How many\u00a0caf\u00e9s\n\nare here?",
+    " How many cafe\u0301s are here? ",
+    "How many ca\u200bf\u00e9s are here?",
+    "How many ca\u00adf\u00e9s are here?",
+    "\ufeffHow many caf\u00e9s are\u2060 here?",
+    "\u202eHow many cafe\u200d\u0301s are here?\u202c",
+    "How many caf\u00e9s\ufe0f are here?",
+]
+
+
+def test_one_question_however_it_is_spaced_or_encoded_lies_on_one_side() -> None:
+    plain = "How many caf\u00e9s are here?"
+    assert question(plain) == plain
+    assert {question(text) for text in VARIANTS} == {plain}
+    assert len({prompt_id(text) for text in [plain, *VARIANTS]}) == len(VARIANTS) + 1  # the rows stay apart
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        assert len({split_of(text, 0.05, share) for text in [plain, *VARIANTS]}) == 1
+        chats = [[{"role": "system", "content": "x"}, {"role": "user", "content": text}] for text in [plain, *VARIANTS]]
+        assert len({split_of(chat, 0.05, share) for chat in chats}) == 1
+    assert question("x\u00b2 + 1") != question("x2 + 1") and question("Tom") != question("tom")
 
 
 def test_shares_of_the_split() -> None:

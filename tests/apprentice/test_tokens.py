@@ -238,3 +238,12 @@ def test_a_row_without_prompt_or_response_is_refused_by_its_number(
 ) -> None:
     with pytest.raises(ValueError, match=r"(prompt|response) 1 has no token"):
         collate(prompts, responses, pad=0)
+
+
+def test_a_batch_of_no_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="collate: expected at least one prompt with its response, got none"):
+        collate([], [], pad=0)
+    batch = collate([[1], [1, 2]], [[2], [2]], pad=0)
+    for none in ([], torch.tensor([], dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"Batch\.rows: expected at least one of the 2 rows, got none"):
+            batch.rows(none)

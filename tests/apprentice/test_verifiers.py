@@ -39,7 +39,19 @@ def test_world(response: str, right: bool) -> None:
         ("#### -3", "-3"),
         ("#### -0.0", "0"),
         ("#### 1000000", "1000000"),
-        ("####   7 2 ", "72"),
+        ("####   72 ", "72"),
+        ("####   7 2 ", None),
+        ("#### 3 4", None),
+        ("#### 3\n4", None),
+        ("#### 3 , 4", None),
+        ("#### 3$4", None),
+        ("#### -$ 3 ", "-3"),
+        ("#### 3 $", "3"),
+        ("#### +007", "7"),
+        ("#### -.50", "-0.5"),
+        ("#### 1200", "1200"),
+        ("#### 10000000000000000000000000001", "10000000000000000000000000001"),
+        ("#### 0.10000000000000000000000000000010", "0.1000000000000000000000000000001"),
         ("####", None),
         ("72", None),
         ("#### seventy", None),
@@ -55,6 +67,8 @@ def test_gsm8k_compares_numbers_and_not_texts() -> None:
     assert verify("gsm8k", "so #### 1072", "worked out\n#### $1,072")
     assert not verify("gsm8k", "so #### 1073", "1072")
     assert not verify("gsm8k", "it is 1072", "1072")
+    assert not verify("gsm8k", f"#### {10**28 + 1}", str(10**28))
+    assert verify("gsm8k", f"#### {10**28}.0", str(10**28))
     with pytest.raises(ValueError, match="needs a number as the answer, got 'many'"):
         verify("gsm8k", "#### 1", "many")
 

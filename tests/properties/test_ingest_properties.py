@@ -163,7 +163,11 @@ def test_every_row_of_a_source_is_accounted_for_once(source: tuple[str, list[byt
     rows = {number: line for number, line in enumerate(lines, 1) if line.strip()}
     found = run_ingest(b"\n".join(lines), params=config(verifier=verifier, same_prompt=same_prompt))
     if found.figures is None:  # nothing of it could be read: then it says so and writes nothing
-        assert found.stopped.startswith("the source has the columns" if rows else "source.jsonl: no rows in it")
+        unreadable = (
+            f"none of the {len(rows)} rows can be read; the first, line {min(rows, default=0)}: ",
+            "the source has the columns",
+        )
+        assert found.stopped.startswith(unreadable if rows else "source.jsonl: no rows in it")
         assert not found.tables
         return
     placed = [int(row["source"].rpartition(":")[2]) for name in ONCE for row in found.tables[name]]

@@ -1,10 +1,12 @@
 """`ingest`: every shape and format of source, every reason to reject, and the splits."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,47 @@ def test_duplicates_and_other_responses_to_the_same_prompt(params: ParamsOf) -> 
     assert [row.response for row in first.rows] == ["4", None]
     assert [row["line"] for row in first.rejected] == [2, 3]
     assert first.reasons() == {"exact duplicate": 1, "prompt seen before with another response": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (72.0, "72"),
+        (72, "72"),
+        (-0.0, "0"),
+        (0.5, "0.5"),
+        (1e-7, "0.0000001"),
+        (1e23, "1" + "0" * 23),
+        (10**400, "1" + "0" * 400),
+        (Decimal("72.50"), "72.5"),
+    ],
+)
+def test_a_number_as_answer_keeps_its_digits(params: ParamsOf, value: Any, text: str) -> None:
+    assert [row.answer for row in cleaned(params, {**PAIR, "answer": value}).rows] == [text]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_answer_that_is_no_number_is_rejected(params: ParamsOf, value: float) -> None:
+    result = cleaned(params, {**PAIR, "answer": value})
+    assert [row["reason"] for row in result.rejected] == [f"not finite: answer is {value}"] and not result.kept
+
+
+def test_which_of_two_equal_pairs_holds_does_not_depend_on_their_order(params: ParamsOf) -> None:
+    rows = [PAIR, {**PAIR, "quality": "poor"}, {**PAIR, "answer": "4"}, {**PAIR, "answer": 4.0, "quality": "poor"}]
+    for order in itertools.permutations(rows):
+        result = cleaned(params, *order)
+        assert [(raw.line, row.quality, row.answer) for raw, row in result.kept] == [(1, "poor", "4")]
+        assert [(row["line"], row["reason"]) for row in result.rejected] == [(n, "exact duplicate") for n in (2, 3, 4)]
+    lone, wrong = {"prompt": "lone", "response": "yes"}, {**PAIR, "quality": "expert"}
+    for order in itertools.permutations([*rows[:2], wrong, lone]):
+        result = cleaned(params, *order)
+        assert [row.prompt for row in result.rows] == ["lone"]
+        one, other = (order.index(row) + 1 for row in sorted((rows[1], wrong), key=order.index))
+        reason = f"conflicting duplicates: the same prompt and response in lines {one} and {other}, and another quality"
+        assert [row["reason"] for row in result.rejected] == [reason] * 3
+        assert [row["line"] for row in result.rejected] == [n for n in (1, 2, 3, 4) if order[n - 1] != lone]
+    answers = cleaned(params, {**PAIR, "answer": "4"}, {**PAIR, "answer": "5"}, PAIR)
+    assert not answers.kept and answers.reasons() == {"conflicting duplicates": 3}
 
 
 words = st.text("ab \n\x00?", max_size=4)
@@ -275,7 +318,13 @@ def test_unreadable_lines_keep_their_numbers(tmp_path: Path, params: ParamsOf) -
     assert [raw.line for raw in raws] == [1, 3, 4, 5, 6, 7]
     assert raws[0] == Raw(1, {"prompt": "a", "response": "b"})
     errors = [raw.error or "" for raw in raws[1:]]
-    starts = ["not JSON, Expecting", "expected a JSON object, got list", "not UTF-8 at byte 12", "not JSON, NaN", "not JSON, "]
+    starts = [
+        "not JSON, Expecting",
+        "expected a JSON object, got list",
+        "not UTF-8 at byte 12",
+        "not JSON, NaN",
+        "nested too deeply",
+    ]
     assert all(error.startswith(start) for error, start in zip(errors, starts, strict=True)), errors
 
 
@@ -405,6 +454,22 @@ def test_too_many_rejected_rows_stop_the_stage_after_writing_them(tmp_path: Path
         run_ingest(stage_of("ingest", **entries, **{"ingest.max_rejected_share": 0.01}))
     rejected = read_jsonl(tmp_path / "data" / "clean" / "rejected.jsonl")
     assert [(row["line"], row["row"]) for row in rejected] == [(41, rows[40]), (42, rows[41])]
+
+
+def test_a_rejected_row_is_written_as_strict_json_cut_to_what_a_person_reads(tmp_path: Path, stage_of: StageOf) -> None:
+    deep = "[" * 100 + "]" * 100
+    lines = [json.dumps({"prompt": f"q{n}", "response": f"a{n}"}) for n in range(40)]
+    lines += [f'{{"prompt": 1e999, "response": -1e999, "more": [1.5, {deep}]}}', json.dumps({"prompt": "q" * 30000})]
+    run_ingest(stage_of("ingest", **source_of(tmp_path, "\n".join(lines))))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no strict JSON")
+
+    written = (tmp_path / "data" / "clean" / "rejected.jsonl").read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=refuse)["row"] for line in written)
+    assert (first["prompt"], first["response"], first["more"][0]) == ("inf", "-inf", 1.5)
+    assert json.dumps(first["more"][1]) == "[" * 18 + '"..."' + "]" * 18  # 20 levels, the row's object and `more` two of them
+    assert second == {"prompt": "q" * 1000 + "... (30000 characters)"}
 
 
 def test_sources_that_cannot_serve(tmp_path: Path, stage_of: StageOf) -> None:

@@ -33,7 +33,7 @@ def checkpoint(small: Params, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_folder_replaces_the_base_by_params_alone(project: Project, checkpoint: Path) -> None:
-    project.set(pretrain__checkpoint=str(checkpoint))
+    project.set(pretrain__checkpoint=str(checkpoint), runtime__outside_project=True)
     done = project.run("-m", "dvc", "repro", "srppo")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     base = project.path("data/models/base")
@@ -47,6 +47,14 @@ def test_a_folder_replaces_the_base_by_params_alone(project: Project, checkpoint
         file.write(" ")
     done = project.run("-m", "tasks.sft")
     assert done.returncode != 0 and "has changed since it was pinned" in done.stderr
+
+
+def test_a_folder_elsewhere_needs_an_opt_in(project: Project, checkpoint: Path) -> None:
+    project.set(pretrain__checkpoint=str(checkpoint))
+    for stage in ("tokenizer", "pretrain"):
+        done = project.run("-m", f"tasks.{stage}")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"pretrain.checkpoint: expected a path inside the project, got {str(checkpoint)!r}" in done.stderr
 
 
 def test_a_hub_name_needs_its_commit(project: Project, small: Params) -> None:

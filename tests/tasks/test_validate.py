@@ -140,6 +140,8 @@ def test_each_broken_rule_of_the_further_tables_is_found(tables: Path, stage_of:
         hashed(rows[5], chosen=7)
         rows[6]["id"] = rows[7]["id"]
         rows[8]["score"] = 1
+        hashed(rows[9], prompt=held_out.replace(" ", "  ", 1))
+        hashed(rows[10], prompt=f"{held_out}\u200b")
         named["preferences"] = [row["id"] for row in rows]
 
     def break_answers(rows: list[dict[str, Any]]) -> None:
@@ -148,6 +150,7 @@ def test_each_broken_rule_of_the_further_tables_is_found(tables: Path, stage_of:
         rows[2].update(verifier="gsm8k", answer="many")
         rows[3]["verifier"] = ["world"]
         rows[4]["prompt_id"] = digest(held_out)[:16]
+        rows[6]["prompt_id"] = digest(held_out.replace(" ", "  ", 1))[:16]  # of a prompt in `preferences` below
         rows[5]["prompt"] = "q"
         named["answers"] = [row["prompt_id"] for row in rows]
 
@@ -166,7 +169,7 @@ def test_each_broken_rule_of_the_further_tables_is_found(tables: Path, stage_of:
         "suboptimal response value_lengths_to_be_between": [s[3]],
         "suboptimal tokens values_to_be_between": [s[3]],
         "preferences responses_differ values_to_be_in_set": [p[0]],
-        "preferences splits_of_prompt values_to_be_in_set": [p[1]],
+        "preferences splits_of_prompt values_to_be_in_set": [p[1], p[9], p[10]],
         "preferences chosen value_lengths_to_be_between": [p[2]],
         "preferences rejected value_lengths_to_be_between": [p[3]],
         "preferences tokens values_to_be_between": [p[2], p[3]],
@@ -179,7 +182,7 @@ def test_each_broken_rule_of_the_further_tables_is_found(tables: Path, stage_of:
         "answers answer_is_accepted values_to_be_in_set": [a[0], a[1], a[2]],
         "answers verifier values_to_be_in_set": [a[3]],
         "answers verifier_type values_to_be_in_set": [a[3]],
-        "answers splits_of_prompt values_to_be_in_set": [a[4]],
+        "answers splits_of_prompt values_to_be_in_set": [a[4], a[6]],
         "answers fields values_to_be_in_set": [a[5]],
     }
 

@@ -62,7 +62,10 @@ def test_no_file_is_no_lock(locks: Path) -> None:
 
 
 def test_a_holder_is_told_with_its_command_and_since_when(holder: "subprocess.Popen[bytes]") -> None:
-    printed = ["ERROR: failed to reproduce 'sft': '/p/data' is busy, it is being blocked by:", f"  (PID {holder.pid}): dvc repro"]
+    printed = [
+        "ERROR: failed to reproduce 'sft': '/p/data' is busy, it is being blocked by:",
+        f"  (PID {holder.pid}): dvc repro",
+    ]
     said = holders_in(printed)[holder.pid]
     assert said.startswith(f"`dvc repro` (pid {holder.pid}, since {time.strftime('%Y-%m-%d')}") and holders_in(["sft"]) == {}
     assert holders_in(["  (PID 999999999): dvc"])[999999999] == "`dvc` (pid 999999999, which has ended)"

@@ -86,6 +86,14 @@ def exit_code(run: Callable[[], Any], *wrong: type[Exception]) -> int:
         return _stopped(signal.SIGINT)
     except Terminated:
         return _stopped(signal.SIGTERM)
+    except Exception:
+        from prefect.settings import PREFECT_API_URL
+
+        if answers(f"{PREFECT_API_URL.value()}/health", 5.0):
+            raise
+        print("Prefect's server does not answer any more. What is done stays done: start it and run", end=" ", file=sys.stderr)
+        print("the same command again.", file=sys.stderr)
+        return 1
     if state.is_cancelled():
         return _stopped(next((sign for sign, words in STOPPED.items() if words == state.message), signal.SIGINT))
     if not state.is_completed():

@@ -1,6 +1,5 @@
 """The MLflow store: where it is, how it is opened, and the shapes in which it takes params and metrics."""
 
-import fcntl
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.alone import hold
 from tasks.stage import StageError, stores_root
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ def masked(text: str) -> str:
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Hold a lock file of the project, so that one process at a time does this."""
-    path = stores_root() / ".telemetry" / f"{name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Let one process of the project at a time do this."""
+    file, _waited = hold(stores_root() / ".telemetry" / f"{name}.lock", lambda _: None)
+    with file:
         yield
 
 

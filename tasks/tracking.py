@@ -87,7 +87,7 @@ class LiveRun(threading.Thread):
     def run(self) -> None:
         """Log rows as they appear, until `finish`; after trouble begin again with what MLflow has."""
         failures, last = 0, False
-        while not last:
+        while not last and not self.left:
             last = self.done.is_set()  # asked before reading, so that the last rows are read after the end
             try:
                 self._look(last)
@@ -123,6 +123,8 @@ class LiveRun(threading.Thread):
 
         key, params = self._inputs = self._inputs or current_inputs(self.stage)
         client, experiment = open_store(read_params().register.experiment)
+        if self.left:
+            raise TimeoutError("answered too late")
         tags = {"dvc.stage": self.stage, "dvc.inputs": key}
         self.logged = set()
         for run in find_run(client, experiment, tags):

@@ -57,7 +57,7 @@ def drop_stale() -> None:
     path = place / "rwlock"
     if not path.is_file():
         return
-    with make_lock(str(place / "rwlock.lock"), tmp_dir=str(place)):  # as DVC does to edit it
+    with make_lock(str(place / "rwlock.lock"), tmp_dir=str(place), wait=True):  # as DVC does to edit it
         try:
             lock = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:  # cut short: whoever holds something in it cannot give it back either

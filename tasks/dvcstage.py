@@ -34,6 +34,7 @@ CHATTER = (  # DVC's advice after every stage
     "git add ",
     "dvc config core.autostage",
 )
+BUSY = "is busy, it is being blocked by:"  # the beginning of DVC's last words; said in ours
 OWN_FAULT = "failed to run:"  # DVC's words when the stage's own command failed
 _dvc = threading.RLock()  # DVC's objects are not meant for threads; one at a time in this process
 
@@ -110,23 +111,22 @@ def repro(name: str, say: Callable[[str], None], force: bool = False, place: dic
 
         def hear(line: str, lines: deque[str] = lines) -> None:
             lines.append(line)
-            if not line.strip().startswith(CHATTER):
+            if not line.strip().startswith(CHATTER) and not any(BUSY in line for line in lines):
                 say(line)
 
         code = process.run(command, ROOT, {**os.environ, "PATH": path, **(place or {})}, hear)
         if code == 0:
             return next((line for line in lines if _is_skip(line)), None)
-        if OWN_FAULT in "".join(lines) or not (holders := holders_in(lines)):
-            break
-        for pid, what in holders.items():
-            if pid not in told:
-                say(f"waiting for {name}: in use by {what}")
-        told |= set(holders)
+        own = any(OWN_FAULT in line for line in lines)
+        holders = {} if own else holders_in(lines)
+        if not holders:
+            machinery = not own and (code < 0 or any(MACHINERY.search(line) for line in lines))
+            kind = MachineryFailed if machinery else StageFailed
+            raise kind(f"stage {name} failed (dvc repro ended with {code}): " + " | ".join(list(lines)[-6:]))
+        for pid in holders.keys() - told:
+            say(f"waiting for {name}: in use by {holders[pid]}")
+        told |= holders.keys()
         wait_for_change()
-    own = any(OWN_FAULT in line for line in lines)
-    machinery = not own and (code < 0 or any(MACHINERY.search(line) for line in lines))
-    kind = MachineryFailed if machinery else StageFailed
-    raise kind(f"stage {name} failed (dvc repro ended with {code}): " + " | ".join(list(lines)[-6:]))
 
 
 def _is_skip(line: str) -> bool:

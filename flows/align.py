@@ -4,7 +4,9 @@ One task per DVC stage, under the stage's name. DVC's graph is the only source o
 side. What a stage does is in tasks/, with which settings in params.yaml, and whether it has to run only DVC knows.
 """
 
-from flows.command import align_options, exit_code, use_running_server
+from signal import SIGINT
+
+from flows.command import STOPPED, align_options, exit_code, use_running_server
 
 if __name__ == "__main__":
     OPTIONS = align_options()  # before the slow imports: --help answers at once
@@ -13,9 +15,12 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
+from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.server import ServerError, ensure_server
 from tasks.repro import PlanError, bring_up_to_date, comparison, first_table, plan, stop_all, tell
 
 NEXT = """
@@ -27,7 +32,7 @@ Look next at
 
 
 @flow(name="align", task_runner=ThreadPoolTaskRunner(max_workers=64))
-def align(only: list[str] | None = None, force: bool = False, methods: bool = False) -> list[State]:
+def align(only: list[str] | None = None, force: bool = False, methods: bool = False) -> list[State] | State:
     """Bring the main line, with `methods` every further method too, or only the stages named, up to date."""
     stages, slots, retries = plan(only or [], methods)
     futures: dict[str, PrefectFuture] = {}
@@ -37,7 +42,10 @@ def align(only: list[str] | None = None, force: bool = False, methods: bool = Fa
             one = bring_up_to_date.with_options(name=stage.name, retries=retries)
             futures[stage.name] = one.submit(stage, slots, force, wait_for=needs)
         wait(list(futures.values()))
-    except BaseException:  # Ctrl-C, a termination, a cancelled run
+    except (KeyboardInterrupt, TerminationSignal) as stop:
+        stop_all()
+        return Cancelled(message=STOPPED[getattr(stop, "signal", SIGINT)])
+    except BaseException:
         stop_all()
         raise
     states = {name: future.state for name, future in futures.items()}
@@ -52,9 +60,10 @@ def main(only: list[str], force: bool, methods: bool) -> int:
 
     def run() -> State:
         plan(only, methods)
+        ensure_server()
         return align(only, force, methods, return_state=True)
 
-    if code := exit_code(run, PlanError, ValueError):
+    if code := exit_code(run, PlanError, ServerError, ValueError):
         return code
     if text := comparison(methods):
         print(f"\n{first_table(text)}\n{NEXT.format(page='methods.html' if methods else 'report.html')}")

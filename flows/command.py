@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -10,6 +11,11 @@ from typing import Any
 
 HOST = "127.0.0.1"
 API = f"http://{HOST}:4200/api"  # where `make ui` starts it
+STOPPED = {signal.SIGINT: "stopped by Ctrl-C", signal.SIGTERM: "stopped by SIGTERM"}  # what Prefect shows of it
+
+
+class Terminated(SystemExit):
+    """SIGTERM came."""
 
 
 def align_options() -> argparse.Namespace:
@@ -69,19 +75,40 @@ def ui_options() -> argparse.Namespace:
 
 def exit_code(run: Callable[[], Any], *wrong: type[Exception]) -> int:
     """Run a flow to its final state and say in a line what went amiss: 0 all is well, 1 something failed, 2 it cannot begin
-    (an error of the kinds `wrong`), 130 stopped by hand."""
+    (an error of the kinds `wrong`), 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, _terminate)  # or nothing would be tidied up
     try:
         state = run()
     except wrong as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped, training included. The same command goes on from here.", file=sys.stderr)
-        return 130
+        return _stopped(signal.SIGINT)
+    except Terminated:
+        return _stopped(signal.SIGTERM)
+    except Exception:
+        from prefect.settings import PREFECT_API_URL
+
+        if answers(f"{PREFECT_API_URL.value()}/health", 5.0):
+            raise
+        print("Prefect's server does not answer any more. What is done stays done: start it and run", end=" ", file=sys.stderr)
+        print("the same command again.", file=sys.stderr)
+        return 1
+    if state.is_cancelled():
+        return _stopped(next((sign for sign, words in STOPPED.items() if words == state.message), signal.SIGINT))
     if not state.is_completed():
         print(f"\n{state.message} What is done stays done: mend and run the same command again.", file=sys.stderr)
         return 1
     return 0
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def _stopped(sign: signal.Signals) -> int:
+    print("Stopped, training included. The same command goes on from here.", file=sys.stderr)
+    return 128 + sign
 
 
 def answers(url: str, seconds: float = 1.0) -> bool:

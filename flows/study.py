@@ -5,8 +5,9 @@ goes on from there.
 """
 
 import argparse
+from signal import SIGINT
 
-from flows.command import exit_code, study_options, use_running_server
+from flows.command import STOPPED, exit_code, study_options, use_running_server
 
 if __name__ == "__main__":
     OPTIONS = study_options()  # before the slow imports: --help answers at once
@@ -17,10 +18,12 @@ from prefect import allow_failure, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.server import ServerError, ensure_server
 from tasks.process import Stopped, stop_all
 from tasks.stage import StageError
 from tasks.study_figures import record
@@ -47,14 +50,17 @@ def run_job(job: Job, session: Session, place: Workspace) -> State:
 
 
 @flow(name="study")
-def study(seeds: int = SEEDS, runs: list[str] | None = None, jobs: int | None = None) -> list[State]:
+def study(seeds: int = SEEDS, runs: list[str] | None = None, jobs: int | None = None) -> list[State] | State:
     """Run what does not stand yet, then record the figures of all that does and publish."""
     session, log = prepare(seeds, runs or [], jobs), get_run_logger()
     log.info(session.outlook())
     states: list[State] = []
     if session.todo:
-        with workspace(session.experiments) as place:
-            states = run_all(session, place)
+        try:
+            with workspace(session.experiments) as place:
+                states = run_all(session, place)
+        except (KeyboardInterrupt, TerminationSignal) as stop:
+            return Cancelled(message=STOPPED[getattr(stop, "signal", SIGINT)])
     record(jobs_of(read_study(), seeds), session.experiments, log.info)
     create_markdown_artifact(publish(seeds), key="claims", description="claims of the papers, tested")
     return states
@@ -83,9 +89,10 @@ def main(options: argparse.Namespace) -> int:
             return Completed()
         asked = (SEEDS if options.seeds is None else options.seeds, options.runs, options.jobs)
         runner = ThreadPoolTaskRunner(max_workers=len(prepare(*asked).slots.places))
+        ensure_server()
         return study.with_options(task_runner=runner)(*asked, return_state=True)
 
-    code = exit_code(run, StageError, ValueError)
+    code = exit_code(run, StageError, ServerError, ValueError)
     if not code:
         print(f"\n{headline(published())}")
     return code

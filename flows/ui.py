@@ -1,50 +1,17 @@
 """Prefect's and MLflow's servers on this machine's loopback address: `python -m flows.ui`, or `make ui`."""
 
 import argparse
-import contextlib
-import os
 import signal
 import socket
 import sys
-import threading
 import time
-from collections import deque
+from contextlib import ExitStack
 
 from flows import ROOT
-from flows.command import HOST, answers, ui_options
-from tasks import process
+from flows.command import HOST, ui_options
+from flows.server import Server, ServerError
 from tasks.store import masked
 from tasks.tracking import prepare_store
-
-PATIENCE = 180.0  # seconds for a server to answer
-
-
-class UiError(RuntimeError):
-    """The servers cannot start; the message says what to do."""
-
-
-class Server(threading.Thread):
-    """One server as a child process; its output is kept for the case that it fails."""
-
-    page = ""  # what of it to open first
-
-    def __init__(self, name: str, address: str, health: str, command: list[str], env: dict[str, str]) -> None:
-        super().__init__(daemon=True, name=name)
-        self.address, self.health, self.command, self.env = address, f"{address}{health}", command, env
-        self.lines: deque[str] = deque(maxlen=20)
-
-    def run(self) -> None:
-        """Run it to its end."""
-        with contextlib.suppress(process.Stopped):
-            process.run([sys.executable, "-m", *self.command], ROOT, {**os.environ, **self.env}, self.lines.append)
-
-    def wait_until_it_answers(self) -> None:
-        """Return when it serves; raise with its last lines when it ends instead, or takes too long."""
-        until = time.monotonic() + PATIENCE
-        while not answers(self.health):
-            if not self.is_alive() or time.monotonic() > until:
-                raise UiError(f"{self.name}'s server did not start:\n" + "\n".join(self.lines))
-            time.sleep(0.3)
 
 
 def prefect_server(port: int) -> Server:
@@ -70,11 +37,11 @@ def check_free(port: int, flag: str) -> None:
     with socket.socket() as probe:
         probe.settimeout(1.0)
         if probe.connect_ex((HOST, port)) == 0:
-            raise UiError(f"Port {port} is taken, perhaps by another `make ui`: stop that, or choose one with {flag} PORT.")
+            raise ServerError(f"Port {port} is taken, perhaps by another `make ui`: stop that, or choose one with {flag} PORT.")
 
 
-def start(options: argparse.Namespace) -> list[Server]:
-    """Start what is wanted, wait for it, and say where it is."""
+def start(options: argparse.Namespace, started: ExitStack) -> list[Server]:
+    """Start what is wanted, wait for it, and say where it is; `started` stops it."""
     check_free(options.prefect_port, "--prefect-port")
     store, experiment = prepare_store()
     servers = [prefect_server(options.prefect_port)]
@@ -86,6 +53,7 @@ def start(options: argparse.Namespace) -> list[Server]:
     print("starting...", flush=True)
     for server in servers:
         server.start()
+        started.callback(server.stop)
     for server in servers:
         server.wait_until_it_answers()
         print(f"{server.name:<8} {server.address}{server.page}")
@@ -99,20 +67,17 @@ def main(options: argparse.Namespace) -> int:
     """Start the servers and keep them until Ctrl-C; 2 when one cannot start or ends by itself."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        servers = start(options)
-        while all(server.is_alive() for server in servers):
-            time.sleep(0.5)
-        ended = next(server for server in servers if not server.is_alive())
-        raise UiError(f"{ended.name}'s server ended:\n" + "\n".join(ended.lines))
+        with ExitStack() as started:
+            servers = start(options, started)
+            while all(server.runs() for server in servers):
+                time.sleep(0.5)
+            ended = next(server for server in servers if not server.runs())
+            raise ServerError(f"{ended.name}'s server ended:\n" + "".join(ended.lines))
     except KeyboardInterrupt:
         return 0
-    except (UiError, ValueError) as error:  # ValueError: params.yaml is wrong
+    except (ServerError, ValueError) as error:  # ValueError: params.yaml is wrong
         print(error, file=sys.stderr)
         return 2
-    finally:
-        for sign in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sign, signal.SIG_IGN)  # a second Ctrl-C would leave a server behind
-        process.stop_all()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
+from tasks.dvclocks import holders_in, wait_for_change
 from tasks.stage import MAIN_LINE, METHODS, ROOT, StageError, address_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ CHATTER = (  # DVC's advice after every stage
     "git add ",
     "dvc config core.autostage",
 )
+BUSY = "is busy, it is being blocked by:"  # the beginning of DVC's last words; said in ours
 OWN_FAULT = "failed to run:"  # DVC's words when the stage's own command failed
 _dvc = threading.RLock()  # DVC's objects are not meant for threads; one at a time in this process
 
@@ -96,26 +98,35 @@ def stages_of(repo: "Repo") -> list[StageInfo]:
 def repro(name: str, say: Callable[[str], None], force: bool = False, place: dict[str, str] | None = None) -> str | None:
     """Bring one stage up to date; None when it ran, otherwise DVC's line that says why it did not need to.
 
-    `place` is added to the stage's environment. Raises `StageFailed`, `MachineryFailed` or `process.Stopped`.
+    Waits while another process has one of its paths, and says which. `place` is added to the stage's environment. Raises
+    `StageFailed`, `MachineryFailed` or `process.Stopped`.
     """
     # Without --wait-for-lock a stage that ends while another one holds DVC's lock loses its finished work.
     item = ["--single-item", address_of(name), *["--force"] * force]
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *item]
-    lines: deque[str] = deque(maxlen=200)
-
-    def hear(line: str) -> None:
-        lines.append(line)
-        if not line.strip().startswith(CHATTER):
-            say(line)
-
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # `python` of dvc.yaml
-    code = process.run(command, ROOT, {**os.environ, "PATH": path, **(place or {})}, hear)
-    if code:
+    told: set[int] = set()
+    while True:
+        lines: deque[str] = deque(maxlen=200)
+
+        def hear(line: str, lines: deque[str] = lines) -> None:
+            lines.append(line)
+            if not line.strip().startswith(CHATTER) and not any(BUSY in line for line in lines):
+                say(line)
+
+        code = process.run(command, ROOT, {**os.environ, "PATH": path, **(place or {})}, hear)
+        if code == 0:
+            return next((line for line in lines if _is_skip(line)), None)
         own = any(OWN_FAULT in line for line in lines)
-        machinery = not own and (code < 0 or any(MACHINERY.search(line) for line in lines))
-        kind = MachineryFailed if machinery else StageFailed
-        raise kind(f"stage {name} failed (dvc repro ended with {code}): " + " | ".join(list(lines)[-6:]))
-    return next((line for line in lines if _is_skip(line)), None)
+        holders = {} if own else holders_in(lines)
+        if not holders:
+            machinery = not own and (code < 0 or any(MACHINERY.search(line) for line in lines))
+            kind = MachineryFailed if machinery else StageFailed
+            raise kind(f"stage {name} failed (dvc repro ended with {code}): " + " | ".join(list(lines)[-6:]))
+        for pid in holders.keys() - told:
+            say(f"waiting for {name}: in use by {holders[pid]}")
+        told |= holders.keys()
+        wait_for_change()
 
 
 def _is_skip(line: str) -> bool:

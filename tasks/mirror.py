@@ -1,6 +1,8 @@
 """MLflow mirrors the workspace, one pipeline file at a time: what `register` and `register_methods` share."""
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +12,14 @@ from tasks.locked import LockedOut, LockedStage, git_commit, locked_stages
 from tasks.registry import Registry
 from tasks.runs import Runs, figures_of
 from tasks.stage import MAIN_LINE, METHODS, ROOT, Stage, StageError, stores_root, write_json
-from tasks.store import alone, masked, numbers, open_store, store_uri
+from tasks.store import StoreError, alone, masked, numbers, open_store, store_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 STAMP = "ok\n"  # never changes: pipelines.dvc depends on its hash
+PAUSES = (3.0, 10.0)  # seconds before MLflow is tried again
+BROKEN_OFF = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")  # MLflow's codes for no answer, or a broken one
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,34 @@ def mirror(stage: Stage, line: Line) -> None:
     """Bring MLflow up to date with one pipeline file, then write what is registered and the stamp."""
     every = locked_stages()
     with alone("register"):
-        Mirror(stage, line, every).update()
+        open_store(stage.config.experiment)  # raises at once when nobody answers
+        _insist(lambda: Mirror(stage, line, every).update(), stage.warn)
     own = [found for found in every if found.file == line.file]
     hashes = {found.name: found.model.md5 for found in own if found.model and "register" in found.meta}
     write_json(stage.data / "reports" / line.registry, hashes)
     (stage.data / "reports" / line.stamp).write_text(STAMP)
     stage.say(f"next: data/reports/{line.page} in a browser, `make ui` for MLflow and Prefect")
+
+
+def _insist(update: Callable[[], None], warn: Callable[[str], None]) -> None:
+    """Update, again from the start when MLflow breaks off: all that is there is found, so nothing is doubled.
+
+    Raises StoreError when it does not answer after some time either.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    for pause in (*PAUSES, None):
+        try:
+            return update()
+        except (MlflowException, StoreError, RequestException) as error:
+            if isinstance(error, MlflowException) and error.error_code not in BROKEN_OFF:
+                raise
+            said = masked(f"MLflow broke off: {error}")
+        if pause is None:
+            raise StoreError(f"{said}. What is registered stays: when it answers, the same command adds the rest")
+        warn(f"{said}; again in {pause:.0f} s")
+        time.sleep(pause)
 
 
 def experiment_name() -> str | None:
@@ -115,8 +141,7 @@ class Mirror:
         record = self.records[stage.name]
         known = self.registry.find(stage, out)
         version = known or self.registry.make(stage, out, record)
-        if known:
-            self.registry.restore_files(known, out)
+        self.registry.complete(version, out)
         if self.measured is not None and not (known and self.experiment):
             name = Path(out.path).name
             evaluation = self.records.get(f"{self.line.evaluate}@{name}", record)

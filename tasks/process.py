@@ -2,12 +2,17 @@
 
 `dvc repro` ignores SIGINT while its command runs and leaves the command behind when it is itself terminated, so signals go
 to the group; and a child that is not waited for still counts as a living holder of DVC's locks, so it always is.
+
+Each group is led by a keeper, this file run as a program: it notices when the process that started it is gone, however that
+ended (SIGKILL included), and then ends the group too.
 """
 
+import contextlib
 import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +40,11 @@ def stopping() -> bool:
 
 
 def stop_all() -> None:
-    """End every child and its group, and refuse new ones until `allow`. A second Ctrl-C kills at once."""
+    """End every child and its group, and refuse new ones until `allow`. A second Ctrl-C or SIGTERM kills at once."""
     _stopping.set()
     try:
         _stop(list(_live))
-    except KeyboardInterrupt:
+    except BaseException:
         _stop(list(_live), GRACE[-1:])
         raise
 
@@ -51,17 +56,7 @@ def run(command: Sequence[str], cwd: Path, env: dict[str, str], say: Callable[[s
     """
     if _stopping.is_set():
         raise Stopped(" ".join(command))
-    child = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**env, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    child = start(command, cwd, {**env, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"})
     _live.add(child)
     try:
         for line in _lines(child):
@@ -73,6 +68,30 @@ def run(command: Sequence[str], cwd: Path, env: dict[str, str], say: Callable[[s
     if code and _stopping.is_set():
         raise Stopped(" ".join(command))
     return code
+
+
+def start(command: Sequence[str], cwd: Path, env: dict[str, str]) -> "subprocess.Popen[str]":
+    """Start a command in a group of its own that ends with this process, or when the child's `stdin` is closed.
+
+    Both of its streams come from the child's `stdout`.
+    """
+    reading, writing = os.pipe()
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, *command],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=writing,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            pass_fds=[reading],  # held open by the keeper, so that a command whose reader was killed can still print, and save
+        )
+    finally:
+        os.close(writing)
+    child.stdout = os.fdopen(reading, errors="replace")
+    return child
 
 
 def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:
@@ -123,12 +142,17 @@ def _alive(child: "subprocess.Popen[str]") -> bool:
     if child.poll() is None:
         return True
     if (PROC / "self" / "stat").exists():  # Linux: tells the dead that nobody has waited for yet from the living
-        return any(_group_of(entry) == child.pid for entry in PROC.glob("[0-9]*/stat"))
+        return bool(_members(child.pid))
     try:
         os.killpg(child.pid, 0)
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def _members(group: int) -> set[int]:
+    """Ids of the living processes of a group, where /proc tells."""
+    return {int(entry.parent.name) for entry in PROC.glob("[0-9]*/stat") if _group_of(entry) == group}
 
 
 def _group_of(stat: Path) -> int | None:
@@ -138,3 +162,34 @@ def _group_of(stat: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return None if state in "ZX" else int(group)
+
+
+def _keep(command: Sequence[str]) -> None:
+    """Run a command in this process's group and end as it ends; once standard input is closed, end the group."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: None)  # they are for the command; ignoring them outright would pass on to it
+    child, abandoned = subprocess.Popen(command, stdin=subprocess.DEVNULL), threading.Event()
+    end = threading.Thread(target=_end_with_owner, args=(child, abandoned), daemon=True)
+    end.start()
+    code = child.wait()
+    if abandoned.is_set():
+        end.join()  # others of the group may still run
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    raise SystemExit(code)
+
+
+def _end_with_owner(child: "subprocess.Popen[bytes]", abandoned: threading.Event) -> None:
+    os.read(0, 1)
+    abandoned.set()
+    for sign, seconds in GRACE:
+        os.killpg(0, sign)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and (child.poll() is None or _members(os.getpgrp()) - {os.getpid()}):
+            time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    _keep(sys.argv[1:])

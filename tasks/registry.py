@@ -13,13 +13,14 @@ from tasks.runs import Runs, digest, means_of
 from tasks.store import BATCH, flat
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
 ABOUT = (
     "Checkpoints of dvc.yaml and methods/dvc.yaml. Aliases name the method that made them, the tag `labels` what it learned "
     "from beside demonstrations; `champion` is the best of the main line."
 )
+SHOWN = "mlflow.modelVersions"  # the tag by which MLflow's page of models finds their versions
 
 
 class Registry:
@@ -42,12 +43,17 @@ class Registry:
         wanted = f"name = '{self.model}' and tags.`dvc.md5` = '{out.md5}' and tags.`dvc.stage` = '{stage.name}'"
         return next(iter(self.client.search_model_versions(wanted)), None)
 
-    def restore_files(self, version: "ModelVersion", out: LockedOut) -> None:
-        """Link a known version's files again when they were lost."""
-        write_model(self.client, self.client.get_logged_model(model_id_of(version)), out, version.run_id)
+    def complete(self, version: "ModelVersion", out: LockedOut) -> None:
+        """Add what a version lacks: files that were lost, and what an attempt that broke off had not come to."""
+        model = self.client.get_logged_model(model_id_of(version))
+        write_model(self.client, model, out, version.run_id)
+        if SHOWN not in (model.tags or {}):
+            self.client.set_logged_model_tags(
+                model.model_id, {SHOWN: json.dumps([{"name": self.model, "version": version.version}])}
+            )
 
     def make(self, stage: LockedStage, out: LockedOut, run: "Run") -> "ModelVersion":
-        """A new version of this checkpoint."""
+        """A new version of this checkpoint, to be completed."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         method, run_id = stage.meta["register"], run.info.run_id
@@ -62,7 +68,7 @@ class Registry:
         write_model(self.client, model, out, run_id)
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        version = self.client.create_model_version(
+        return self.client.create_model_version(
             self.model,
             source=f"models:/{model.model_id}",
             run_id=run_id,
@@ -70,9 +76,6 @@ class Registry:
             tags=tags,
             description=stage.description or None,
         )
-        shown = [{"name": self.model, "version": version.version}]  # how MLflow's page of models finds its versions
-        self.client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(shown)})
-        return version
 
     def describe(self, version: "ModelVersion", stage: LockedStage, sources: "list[tuple[Run, dict[str, float]]]") -> None:
         """Replace a version's metrics and its tags about them.
@@ -81,16 +84,14 @@ class Registry:
         """
         metrics = {key: value for _run, figures in sources for key, value in figures.items()}
         self.runs.set_metrics(sources[0][0].info.run_id, means_of(metrics))
-        model = self.client.get_logged_model(model_id_of(version))
-        if {metric.key: metric.value for metric in model.metrics or []} != metrics:
-            self._replace_metrics(model.model_id, sources)
+        self._replace_metrics(self.client.get_logged_model(model_id_of(version)), sources)
         about = {"labels": stage.labels, "params_md5": digest(stage.params), "metrics_md5": digest(metrics)}
         for key, value in about.items():
             if version.tags.get(key) != value:
                 self.client.set_model_version_tag(self.model, version.version, key, value)
 
-    def _replace_metrics(self, model_id: str, sources: "list[tuple[Run, dict[str, float]]]") -> None:
-        """Log a model's metrics anew.
+    def _replace_metrics(self, model: "LoggedModel", sources: "list[tuple[Run, dict[str, float]]]") -> None:
+        """Log a model's metrics where they are new or have changed.
 
         MLflow can only add. Where the store is a database the old ones go by SQL; on a server they stay, older than the new.
         """
@@ -98,16 +99,20 @@ class Registry:
         from mlflow.store.tracking.dbmodels.models import SqlLoggedModelMetric
         from mlflow.utils.time import get_current_time_millis
 
-        store = self.client._tracking_client.store
-        if hasattr(store, "ManagedSessionMaker"):
-            with store.ManagedSessionMaker() as session:
-                session.query(SqlLoggedModelMetric).filter(SqlLoggedModelMetric.model_id == model_id).delete()
         now = get_current_time_millis()
+        known = {metric.key: metric.value for metric in sorted(model.metrics or [], key=lambda metric: metric.timestamp)}
+        wanted = {key: value for _run, figures in sources for key, value in figures.items()}
+        outdated = [key for key, value in known.items() if wanted.get(key) != value]
+        store = self.client._tracking_client.store
+        if outdated and hasattr(store, "ManagedSessionMaker"):
+            with store.ManagedSessionMaker() as session:
+                rows = session.query(SqlLoggedModelMetric).filter(SqlLoggedModelMetric.model_id == model.model_id)
+                rows.filter(SqlLoggedModelMetric.metric_name.in_(outdated)).delete()
         for run, figures in sources:
-            run_id = run.info.run_id
-            logged = [Metric(key, value, now, 0, model_id=model_id, run_id=run_id) for key, value in figures.items()]
+            new = {key: value for key, value in figures.items() if known.get(key) != value}
+            logged = [Metric(key, value, now, 0, model_id=model.model_id, run_id=run.info.run_id) for key, value in new.items()]
             for start in range(0, len(logged), BATCH):
-                self.client.log_batch(run_id, logged[start : start + BATCH])
+                self.client.log_batch(run.info.run_id, logged[start : start + BATCH])
 
     def aliases(self) -> dict[str, str]:
         """Alias to version."""

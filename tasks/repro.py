@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Cancelled, Completed, Failed
 
 from tasks import process
+from tasks.dvclocks import drop_stale
 from tasks.dvcstage import MachineryFailed, StageFailed, StageInfo, read_stages, repro
 from tasks.slots import Slots, slots_of
 from tasks.stage import MAIN_LINE, ROOT, read_params
@@ -33,6 +34,7 @@ def plan(only: Sequence[str] = (), methods: bool = False) -> tuple[list[StageInf
     """
     params = read_params()
     process.allow()
+    drop_stale()
     try:
         stages = read_stages()
     except Exception as error:  # DVC's own errors share no class with what YAML and templating raise

@@ -48,8 +48,7 @@ class Runs:
     ) -> "Run":
         """Add what the run lacks; the hash of its output goes last, as the mark that all is there."""
         run_id = run.info.run_id
-        if not run.data.params:
-            log_params(self.client, run_id, stage.params)
+        log_params(self.client, run_id, stage.params, run.data.params)
         self.client.log_inputs(run_id, _datasets(stage))
         log_rows(self.client, run_id, rows, (execution.began, execution.ended) if execution else None)
         self.set_metrics(run_id, figures_of(stage) | (execution.figures() if execution else {}))

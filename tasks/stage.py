@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
 from apprentice.finite import NumbersError
+from tasks.alone import end_with_parent, hold
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
@@ -122,6 +123,7 @@ class Stage:
         self._first_step: int | None = None
         self._at_end: list[Callable[[], None]] = []
         self.stoppable = False  # while steps are being taken, each of which can be saved
+        self.lock: IO[str] | None = None  # held while it runs
         self.stop_signal = 0  # the signal that asked to stop after the step at hand
 
     @property
@@ -268,12 +270,16 @@ def _command_line(name: str, about: str | None, items: list[str] | None) -> str 
 
 
 def _begin(stage: Stage) -> None:
-    """By hand, remove the stage's outputs first, as DVC does; obey signals; note the start."""
-    if "DVC_STAGE" not in os.environ:
+    """Be the only one at this stage; by hand, remove its outputs first, as DVC does; obey signals; note the start."""
+    by_hand = "DVC_STAGE" not in os.environ
+    stage.lock, waited = hold(ROOT / ".dvc" / "tmp" / "stages" / f"{stage.label}.lock", stage.say)
+    if by_hand or waited:
         from tasks.dvcstage import outputs_of
 
         for path in outputs_of(stage.label):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not by_hand:
+        end_with_parent()  # a DVC that is killed would leave it behind
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stage.ask_to_stop)
     stage.reports.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
 """The MLflow store: where it is, how it is opened, and the shapes in which it takes params and metrics."""
 
-import fcntl
 import logging
 import os
 import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.alone import hold
 from tasks.stage import StageError, stores_root
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ def masked(text: str) -> str:
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Hold a lock file of the project, so that one process at a time does this."""
-    path = stores_root() / ".telemetry" / f"{name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Let one process of the project at a time do this."""
+    file, _waited = hold(stores_root() / ".telemetry" / f"{name}.lock", lambda _: None)
+    with file:
         yield
 
 
@@ -53,6 +51,8 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
     Two processes that first open a database together would race in its migration, hence the lock.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # MLflow would send a write again that may have arrived: a second run, a second version. Who writes here looks first.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -110,10 +110,10 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if abs(value) < float("inf")}
 
 
-def log_params(client: "MlflowClient", run_id: str, params: dict[str, Any]) -> None:
-    """Log nested params under dotted names."""
+def log_params(client: "MlflowClient", run_id: str, params: dict[str, Any], known: Container[str] = ()) -> None:
+    """Log nested params under dotted names, those left out that the run has."""
     from mlflow.entities import Param
 
-    found = [Param(key, str(value)[:6000]) for key, value in flat(params, ".").items()]
+    found = [Param(key, str(value)[:6000]) for key, value in flat(params, ".").items() if key not in known]
     for start in range(0, len(found), 100):
         client.log_batch(run_id, params=found[start : start + 100])

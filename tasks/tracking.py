@@ -1,6 +1,7 @@
 """The run in MLflow that follows a stage while it trains: rows of history.csv become step metrics.
 
-Stages write files and know no server; what is here reads those files. Trouble with tracking never ends a training.
+Stages write files and know no server; what is here reads those files. Trouble with tracking neither ends nor holds up a
+training: once MLflow answers again, it is asked what it has, and gets the rest.
 """
 
 import csv
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.stage import ROOT, read_params
 from tasks.store import BATCH, find_run, log_params, masked, open_store, store_uri
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 RUNNING_LINE = "Running stage '"  # DVC prints it once the old outputs are gone and the command starts
 POLL = 2.0  # seconds between two looks at a growing file
+PAUSE = 30.0  # the most seconds between two tries of an MLflow that does not answer
 
 
 def prepare_store() -> tuple[str, str]:
@@ -46,13 +48,16 @@ def log_rows(
     from mlflow.entities import Metric
 
     begin, end = span or (time.time(), time.time())
-    metrics = []
+    batch: list[Metric] = []
     for i, row in enumerate(rows):
         at = int(1000 * (begin + (end - begin) * (i + 1) / len(rows)))
-        values = {f"curve/{key}": value for key, value in row.items() if key != "step"}
-        metrics += [Metric(key, value, at, int(row["step"])) for key, value in values.items() if abs(value) < float("inf")]
-    for start in range(0, len(metrics), BATCH):
-        client.log_batch(run_id, metrics[start : start + BATCH])
+        values = {f"curve/{key}": value for key, value in row.items() if key != "step" and abs(value) < float("inf")}
+        if len(batch) + len(values) > BATCH:  # whole rows at once: `missing_rows` looks at one column
+            client.log_batch(run_id, batch)
+            batch = []
+        batch += [Metric(key, value, at, int(row["step"])) for key, value in values.items()]
+    if batch:
+        client.log_batch(run_id, batch)
 
 
 def missing_rows(client: "MlflowClient", run_id: str, rows: list[dict[str, float]]) -> list[dict[str, float]] | None:
@@ -74,55 +79,72 @@ class LiveRun(threading.Thread):
         self.stage, self.history, self.warn = stage, history, warn
         self.began, self.status = int(1000 * time.time()), "FINISHED"
         self.done = threading.Event()
+        self.warned, self.left = False, False
+        self.logged: set[float] = set()
+        self._inputs: tuple[str, dict[str, Any]] | None = None
+        self._open_run: tuple[MlflowClient, str] | None = None
 
     def run(self) -> None:
-        """Log rows as they appear, until `finish`."""
-        try:
-            self._follow()
-        except Exception as error:
-            self.warn(masked(f"no live charts for {self.stage}: {type(error).__name__}: {error}; `register` will add them"))
-
-    def _follow(self) -> None:
-        while not read_history(self.history) and not self.done.wait(POLL):
-            pass
-        if not (rows := read_history(self.history)):
-            return
-        client, run_id = self._open(rows)
-        count, last = 0, False
-        while not last:
+        """Log rows as they appear, until `finish`; after trouble begin again with what MLflow has."""
+        failures, last = 0, False
+        while not last and not self.left:
             last = self.done.is_set()  # asked before reading, so that the last rows are read after the end
-            rows = read_history(self.history)
-            if rows[count:]:
-                log_rows(client, run_id, [row for row in rows[count:] if row["step"] not in self.logged])
-                count = len(rows)
+            try:
+                self._look(last)
+                failures = 0
+            except Exception as error:
+                self._open_run = None
+                if not self.warned:
+                    self._warn(f"no live charts for {self.stage}: {type(error).__name__}: {error}")
+                failures += 1
             if not last:
-                self.done.wait(POLL)
-        client.set_terminated(run_id, self.status)
+                self.done.wait(min(POLL * 2**failures, PAUSE) if failures else POLL)
+
+    def _look(self, last: bool) -> None:
+        """Send the rows that MLflow has not got; the last time close the run too."""
+        rows = read_history(self.history)
+        if not rows:
+            return
+        client, run_id = self._open_run = self._open_run or self._open(rows)
+        new = [row for row in rows if row["step"] not in self.logged]
+        if new and not self.left:
+            log_rows(client, run_id, new)
+            self.logged.update(row["step"] for row in new)
+        if last and not self.left:
+            client.set_terminated(run_id, self.status)
+
+    def _warn(self, what: str) -> None:
+        self.warned = True
+        self.warn(masked(f"{what}; training goes on, `register` will add what is missing"))
 
     def _open(self, rows: list[dict[str, float]]) -> tuple["MlflowClient", str]:
         """The unfinished run of an earlier try when it agrees with the rows so far, else a new one."""
         from tasks.dvcstage import current_inputs
 
-        key, params = current_inputs(self.stage)
+        key, params = self._inputs = self._inputs or current_inputs(self.stage)
         client, experiment = open_store(read_params().register.experiment)
+        if self.left:
+            raise TimeoutError("answered too late")
         tags = {"dvc.stage": self.stage, "dvc.inputs": key}
-        self.logged: set[float] = set()
+        self.logged = set()
         for run in find_run(client, experiment, tags):
             if "dvc.md5" not in run.data.tags and missing_rows(client, run.info.run_id, rows) is not None:
                 self.logged = steps_of(client, run)
                 client.update_run(run.info.run_id, "RUNNING")
+                log_params(client, run.info.run_id, params, run.data.params)
                 return client, run.info.run_id
         run = client.create_run(experiment, self.began, tags, f"{self.stage} {key[:6]}")
         log_params(client, run.info.run_id, params)
         return client, run.info.run_id
 
-    def finish(self, status: str, patience: float = 60.0) -> None:
-        """Log what is left and close the run; waits no longer than `patience` seconds for MLflow."""
+    def finish(self, status: str, patience: float = 10.0) -> None:
+        """Log what is left and close the run; waits no longer than `patience` seconds for MLflow, then sends nothing more."""
         self.status = status
         self.done.set()
         self.join(patience)
         if self.is_alive():
-            self.warn(f"MLflow does not answer, so the charts of {self.stage} may stop here; `register` will add the rest")
+            self.left = True
+            self._warn(f"MLflow does not answer, so the charts of {self.stage} may stop here")
 
 
 def steps_of(client: "MlflowClient", run: "Run") -> set[float]:

@@ -67,6 +67,8 @@ if name in ("base", "sft", "extra", "told"):
         writer = csv.writer(file, lineterminator="\\n")
         writer.writerow(["step", "loss"])
         for step in range(1, 6):
+            while name in knobs.get("hold", []) and step == 3 and not pathlib.Path("go").exists():
+                time.sleep(0.1)
             writer.writerow([step, f"{seed / step:.6g}"])
             file.flush()
             time.sleep(knobs.get("step_seconds", 0))
@@ -177,7 +179,8 @@ def make_toy(root: Path) -> Project:
 
 
 def knobs(toy: Project, **values: Any) -> None:
-    """What the stages do beside their work: fail=[names], hang=[names], step_seconds, real (checkpoints)."""
+    """What the stages do beside their work: fail=[names], hang=[names], hold=[names] before their third step
+    until there is a file `go`, step_seconds, real (checkpoints)."""
     toy.path("knobs.json").write_text(json.dumps(values))
 
 

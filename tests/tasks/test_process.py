@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -83,3 +84,50 @@ def test_nothing_starts_after_stop_all_until_it_is_allowed(tmp_path: Path) -> No
         run("print('ran')", tmp_path, [])
     process.allow()
     assert run("print('ran')", tmp_path, []) == 0
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_children_end_with_the_process_that_started_them(tmp_path: Path, sign: signal.Signals) -> None:
+    """The trainer may save first, what it prints then going nowhere; its own child goes too."""
+    (tmp_path / "train.py").write_text(
+        "import os, subprocess, time\nother = subprocess.Popen(['sleep', '300'])\n"
+        "open('pids', 'w').write(f'{os.getpid()} {other.pid} {os.getppid()}')\n"
+        "try:\n    print('up', flush=True)\n    time.sleep(300)\n"
+        "except KeyboardInterrupt:\n    print('saving', flush=True)\n    open('saved', 'w')\n"
+    )
+    code = "import os, pathlib, sys; from tasks import process; "
+    code += f"process.run([sys.executable, 'train.py'], pathlib.Path({str(tmp_path)!r}), dict(os.environ), print)"
+    root = Path(__file__).resolve().parents[2]
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout and owner.stdout.readline() == "up\n"
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    owner.send_signal(sign)
+    owner.wait()
+    wait_for(lambda: not any(runs(pid) for pid in pids))
+    assert (tmp_path / "saved").exists()
+
+
+def test_what_obeys_nothing_is_killed_with_its_group(tmp_path: Path) -> None:
+    """A keeper whose command obeys Ctrl-C and leaves a child that obeys nothing."""
+    quick = "process.GRACE = ((signal.SIGINT, 1.0), (signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0))"
+    leave = f"import subprocess, sys; {STUBBORN}; print(os.getpid(), flush=True); time.sleep(300)"
+    command = ["sh", "-c", f'"{sys.executable}" -c "{leave}" & exec sleep 300']
+    code = f"import signal; from tasks import process; {quick}; process._keep({command!r})"
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).resolve().parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert keeper.stdin and keeper.stdout
+    stubborn = int(keeper.stdout.readline())
+    keeper.stdin.close()
+    assert keeper.wait(20) == -signal.SIGKILL
+    wait_for(lambda: not runs(stubborn))
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_child_that_a_signal_ended_says_so(tmp_path: Path, sign: signal.Signals) -> None:
+    code = f"import os, signal; signal.signal({int(sign)}, signal.SIG_DFL) if {sign != signal.SIGKILL} else 0; "
+    assert run(code + f"os.kill(os.getpid(), {int(sign)})", tmp_path, []) == -sign

@@ -1,6 +1,8 @@
 """The run that follows a training, in a real MLflow database of its own."""
 
 import shutil
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +162,74 @@ def test_an_mlflow_that_hangs_holds_nobody_up(history: Path, monkeypatch: pytest
     said: list[str] = []
     live(history, said.append).finish("FINISHED", patience=0.2)
     assert len(said) == 1 and "does not answer" in said[0]
+
+
+def test_a_server_that_accepts_and_never_answers_holds_nobody_up(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        write(history, 2.0)
+        said: list[str] = []
+        thread = live(history, said.append)
+        began = time.monotonic()
+        thread.finish("FINISHED", patience=0.5)
+        assert time.monotonic() - began < 5 and len(said) == 1 and "`register` will add what is missing" in said[0]
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_charts_go_on_when_mlflow_comes_back_and_no_point_is_doubled(
+    history: Path, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    """A connection that breaks tells nobody whether the points arrived."""
+    whole, broken = tracking.log_rows, threading.Event()
+
+    def log_rows(client: Any, run_id: str, rows: list[dict[str, float]]) -> None:
+        if rows[0]["step"] == 2 and not broken.is_set():
+            if arrived:
+                whole(client, run_id, rows)
+            broken.set()
+            raise ConnectionError("reset")
+        whole(client, run_id, rows)
+
+    monkeypatch.setattr(tracking, "log_rows", log_rows)
+    said: list[str] = []
+    write(history, 2.0)
+    thread = live(history, said.append)
+    wait_for(lambda: runs() and curve(runs()[0].info.run_id))
+    write(history, 2.0, 1.0)
+    wait_for(broken.is_set)
+    write(history, 2.0, 1.0, 0.5)
+    (run,) = runs()
+    wait_for(lambda: len(curve(run.info.run_id)) == 3)  # before the end
+    thread.finish("FINISHED")
+    assert curve(run.info.run_id) == [(1, 2.0), (2, 1.0), (3, 0.5)] and len(runs()) == 1
+    assert len(said) == 1 and "reset" in said[0] and runs()[0].info.status == "FINISHED"
+
+
+def test_what_was_given_up_writes_nothing_later(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`register` may be at the same run by then."""
+    whole, go = tracking.open_store, threading.Event()
+    monkeypatch.setattr(tracking, "open_store", lambda name: (go.wait(60), whole(name))[1])
+    write(history, 2.0)
+    said: list[str] = []
+    thread = live(history, said.append)
+    thread.finish("FINISHED", patience=0.2)
+    go.set()
+    thread.join(30)
+    assert not thread.is_alive() and runs() == []
+
+
+def test_a_batch_ends_with_a_whole_row(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "BATCH", 5)
+    sent: list[list[tuple[str, int]]] = []
+
+    class Client:
+        def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+            sent.append([(metric.key[6:], metric.step) for metric in metrics])
+
+    tracking.log_rows(Client(), "run", [{"step": step, "a": 1.0, "b": 2.0} for step in (1, 2, 3)])
+    assert sent == [[("a", 1), ("b", 1), ("a", 2), ("b", 2)], [("a", 3), ("b", 3)]]
 
 
 def test_only_a_stage_that_really_runs_is_followed(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:

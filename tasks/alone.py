@@ -1,0 +1,44 @@
+"""Lock files that let one process at a time through and end with it, and a process that ends with its parent."""
+
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+PARENT = 1.0  # seconds between two looks at the parent
+
+
+def hold(path: Path, say: Callable[[str], None]) -> tuple[IO[str], bool]:
+    """Take a lock file, waiting for its end when another process has it, which `say` is told.
+
+    Held until the file that is returned is closed, at the latest until this process ends; the second is whether it had to wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, waited = path.open("a+", encoding="utf-8"), False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        say(f"waiting for another process that does the same: {file.read().strip()}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waited = True
+    file.truncate(0)
+    print(f"`{' '.join(sys.argv)}` (pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')})", file=file, flush=True)
+    return file, waited
+
+
+def end_with_parent() -> None:
+    """Send this process SIGTERM once the process that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="end with parent").start()

@@ -43,7 +43,7 @@ class Server(threading.Thread):
         until = time.monotonic() + PATIENCE
         while not answers(self.health):
             if not self.is_alive() or time.monotonic() > until:
-                raise UiError(f"{self.name}'s server did not start:\n" + "\n".join(self.lines))
+                raise UiError(masked(f"{self.name}'s server did not start:\n" + "\n".join(self.lines)))
             time.sleep(0.3)
 
 
@@ -58,8 +58,9 @@ def prefect_server(port: int) -> Server:
 def mlflow_server(port: int, store: str, experiment: str) -> Server:
     """MLflow's server over the project's store; its checks of Host and Origin stay on."""
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--artifacts-destination", str(ROOT / "mlruns")]
+    command += ["--artifacts-destination", str(ROOT / "mlruns")]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # ten processes less
+    env["MLFLOW_BACKEND_STORE_URI"] = store  # not in the command, which every user of the machine can read
     server = Server("MLflow", f"http://{HOST}:{port}", "/health", command, env)
     server.page = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"  # else it opens its pages for agents
     return server
@@ -103,7 +104,7 @@ def main(options: argparse.Namespace) -> int:
         while all(server.is_alive() for server in servers):
             time.sleep(0.5)
         ended = next(server for server in servers if not server.is_alive())
-        raise UiError(f"{ended.name}'s server ended:\n" + "\n".join(ended.lines))
+        raise UiError(masked(f"{ended.name}'s server ended:\n" + "\n".join(ended.lines)))
     except KeyboardInterrupt:
         return 0
     except (UiError, ValueError) as error:  # ValueError: params.yaml is wrong

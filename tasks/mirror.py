@@ -10,7 +10,7 @@ from tasks.locked import LockedOut, LockedStage, git_commit, locked_stages
 from tasks.registry import Registry
 from tasks.runs import Runs, figures_of
 from tasks.stage import MAIN_LINE, METHODS, ROOT, Stage, StageError, stores_root, write_json
-from tasks.store import alone, masked, numbers, open_store, store_uri
+from tasks.store import alone, masked, numbers, open_store, store_uri, told_by_store
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -48,7 +48,7 @@ FURTHER = Line(
 def mirror(stage: Stage, line: Line) -> None:
     """Bring MLflow up to date with one pipeline file, then write what is registered and the stamp."""
     every = locked_stages()
-    with alone("register"):
+    with alone("register"), told_by_store():
         Mirror(stage, line, every).update()
     own = [found for found in every if found.file == line.file]
     hashes = {found.name: found.model.md5 for found in own if found.model and "register" in found.meta}

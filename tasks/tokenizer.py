@@ -11,9 +11,10 @@ def main(stage: Stage) -> None:
 
     checkpoint = stage.params.pretrain.checkpoint
     if checkpoint:
-        from transformers import AutoTokenizer
+        from apprentice.policy import load_tokenizer
+        from tasks.intake import take_in
 
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=stage.params.pretrain.revision, trust_remote_code=False)
+        tokenizer = load_tokenizer(take_in(stage.params.pretrain))
         stage.say(f"took the tokenizer of {checkpoint}: {len(tokenizer)} tokens")
     else:
         tables = [

@@ -68,6 +68,7 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
     Two processes that first open a database together would race in its migration, hence the lock.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints the address as it is, passwords too
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)

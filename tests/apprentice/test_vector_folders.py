@@ -224,6 +224,8 @@ def test_a_folder_that_is_no_safetensors_checkpoint_is_refused(folders: Make, tm
     refused(r"says that it holds model\.norm\.bias, and it does not")
     index.write_text("[]")
     refused("not a safetensors index")
+    index.unlink()
+    file.write_bytes(whole)
     (folder / "config.json").write_text('{"model_type": "no such"}')
     refused("no config.json that can be read")
     with pytest.raises(ValueError, match="no such folder"):

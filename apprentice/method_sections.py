@@ -6,7 +6,7 @@ A new method adds its class here, a line to `MethodSections`, and its values to 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from apprentice.schema import Count, NotNegative, Positive, Range, Share
+from apprentice.schema import Count, Name, NotNegative, Positive, Range, Share
 from apprentice.sections import EpochsConfig, FineTuningConfig, GatedConfig, PPOConfig, PreferenceConfig, SRPPOConfig
 
 
@@ -29,7 +29,7 @@ class FilteredConfig(FineTuningConfig):
     whose self-reward, brought to [0, 1] per prompt, is above `level` (ReST); verified: those the verifier accepts (RFT).
     """
 
-    init: str
+    init: Name
     keep: Literal["top_share", "best", "threshold", "verified"]
     level: Share
 
@@ -125,9 +125,9 @@ class ForeignConfig(FineTuningConfig):
 class VectorsConfig:
     """Task arithmetic (2509.01363): target + coefficient * (plus - minus)."""
 
-    plus: str
-    minus: str
-    target: str
+    plus: Name
+    minus: Name
+    target: Name
     coefficients: list[float]
     exclude: list[str]
     max_new_tokens: Count
@@ -137,8 +137,8 @@ class VectorsConfig:
 class TiltConfig:
     """Decoding from pi_target^(1 + weight) pi_baseline^(-weight), without training."""
 
-    target: str
-    baseline: str
+    target: Name
+    baseline: Name
     weight: float
 
 
@@ -146,7 +146,7 @@ class TiltConfig:
 class MethodsModelsConfig:
     """Which models of the further methods are measured; how, the section `evaluate` says."""
 
-    models: list[str]
+    models: list[Name]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from apprentice.compute import CPU, Compute
+from apprentice.foreign_checkpoint import inspect_checkpoint
 from apprentice.tokens import Batch
 
 disable_progress_bar()  # loading bars would drown the stages' own lines
@@ -32,22 +33,30 @@ class ResponseScores:
 
 
 def checkpoint_arguments(folder: Path) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a model folder, pinned ones resolved. Raises ValueError if a pinned file changed."""
+    """Arguments of `from_pretrained` for a model folder, pinned ones resolved.
+
+    Raises ValueError for a folder that `inspect_checkpoint` refuses, or if a pinned file changed. What is pinned by its
+    commit on the hub was inspected then, and cannot change.
+    """
     pinned = folder / PINNED
     if not pinned.exists():
+        inspect_checkpoint(folder)
         return {"pretrained_model_name_or_path": str(folder)}
     origin = json.loads(pinned.read_text())
-    if Path(origin["checkpoint"]).is_dir() and file_hashes(Path(origin["checkpoint"])) != origin["files"]:
-        raise ValueError(f"{origin['checkpoint']} has changed since it was pinned; run `dvc repro --force pretrain`")
+    place = Path(origin["checkpoint"])
+    if place.is_dir():
+        inspect_checkpoint(place)
+        if file_hashes(place) != origin["files"]:
+            raise ValueError(f"{place} has changed since it was pinned; run `dvc repro --force pretrain`")
     return {"pretrained_model_name_or_path": origin["checkpoint"], "revision": origin["revision"]}
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint folder, by name."""
+    """SHA-256 of each file of a checkpoint folder, by name; of its folders only further chat templates are ever read."""
     hashes = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted(p for p in [*folder.iterdir(), *folder.glob("*/*.jinja")] if p.is_file()):
         with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 

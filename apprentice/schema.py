@@ -7,6 +7,7 @@ probably meant.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -31,8 +32,19 @@ class Range:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
-        return f"between {self.low:g}{' (not included)' if self.open_low else ''} and {self.high:g}"
+            return f"a number above {self.low:g}" if self.open_low else f"a number at least {self.low:g}"
+        return f"a number between {self.low:g}{' (not included)' if self.open_low else ''} and {self.high:g}"
+
+
+class Plain:
+    """Text that is safe as the name of a folder, of a stage and of a model in MLflow: it means nothing to a shell."""
+
+    def holds(self, value: str) -> bool:
+        """Whether a text is such a name."""
+        return re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]*", value) is not None
+
+    def __str__(self) -> str:
+        return "a name of letters, digits, '_', '-' and '.', the first a letter or digit"
 
 
 Count = Annotated[int, Range(1)]
@@ -40,6 +52,7 @@ CountOrZero = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+Name = Annotated[str, Plain()]
 
 
 def read(kind: Any, value: Any, key: str) -> Any:
@@ -49,10 +62,10 @@ def read(kind: Any, value: Any, key: str) -> Any:
     origin = typing.get_origin(kind)
     if origin is Annotated:
         base, bounds = typing.get_args(kind)
-        number = read(base, value, key)
-        if not bounds.holds(number):
-            raise ParamsError(f"{key}: expected a number {bounds}, got {value!r}")
-        return number
+        found = read(base, value, key)
+        if not bounds.holds(found):
+            raise ParamsError(f"{key}: expected {bounds}, got {value!r}")
+        return found
     if origin is Literal:
         choices = typing.get_args(kind)
         if value not in choices:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from apprentice.schema import Count, CountOrZero, NotNegative, Positive, Range, Share
+from apprentice.schema import Count, CountOrZero, Name, NotNegative, Positive, Range, Share
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ class SFTTunedConfig(GatedConfig):
 class PPOConfig:
     """What every PPO stage has, whatever its reward."""
 
-    init: str
-    kl_anchor: str
+    init: Name
+    kl_anchor: Name
     missing_eos_reward: float
     kl_coef: NotNegative
     kl_estimator: Literal["k1", "k3"]
@@ -158,7 +158,7 @@ class PPOConfig:
     minibatch_size: Count
     temperature: Positive
     max_new_tokens: Count
-    critic_init: str
+    critic_init: Name
     gamma: Share
     gae_lambda: Share
     whiten: bool
@@ -175,8 +175,8 @@ class PPOConfig:
 class SRPPOConfig(PPOConfig):
     """Self-Rewarding PPO (2510.21090); each question the paper leaves open is an entry."""
 
-    reward_target: str
-    reward_baseline: str
+    reward_target: Name
+    reward_baseline: Name
     baseline_weight: NotNegative
     placement: Literal["eos", "dense"]
     span: Literal["sum", "mean", "eos_token"]
@@ -187,8 +187,8 @@ class PairsConfig:
     """Candidates, their self-reward and the pairs made of them (RSO, 2309.06657)."""
 
     source: Literal["rso_sample_rank", "sft_sample_rank"]
-    reward_target: str
-    reward_baseline: str
+    reward_target: Name
+    reward_baseline: Name
     baseline_weight: NotNegative
     prompts: Count
     candidates: Annotated[int, Range(2)]
@@ -216,7 +216,7 @@ class RSOConfig(PreferenceConfig):
 class EvaluateConfig:
     """What is measured, on which models."""
 
-    models: list[str]
+    models: list[Name]
     samples: Count
     temperature: Positive
     temperatures: list[Positive]
@@ -227,7 +227,7 @@ class EvaluateConfig:
 class ReportConfig:
     """What the report compares and shows."""
 
-    baselines: list[str]
+    baselines: list[Name]
     samples: CountOrZero
 
 
@@ -235,8 +235,8 @@ class ReportConfig:
 class RegisterConfig:
     """Names in MLflow and the rule for the champion."""
 
-    model: str
-    experiment: str
+    model: Name
+    experiment: Name
     champion_metric: str
     champion_mode: Literal["min", "max"]
 

@@ -5,6 +5,7 @@ token written in it ends no turn and forges no role. A trained response ends in 
 of the response.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,10 @@ def train_word_tokenizer(texts: Iterable[str], max_words: int, known: Sequence[s
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of prompts, up to where the response begins: by the chat template, else as plain text."""
+    """Token ids of prompts, up to where the response begins: by the chat template, else as plain text.
+
+    Raises ValueError for a prompt that cannot be encoded without forging a turn.
+    """
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     if not chats:
         return []
@@ -63,9 +67,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
         return [start + ids for ids in _encode_text(tokenizer, ["\n".join(m["content"] for m in chat) for chat in chats])]
     rendered = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     encoded: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    reserved = reserved_tokens(tokenizer)
+    frames: dict[tuple[str, ...], list[int] | None] = {}
     for row, chat in enumerate(chats):
-        if any(token in message["content"] for message in chat for token in special):
+        roles = tuple(message["role"] for message in chat)
+        if roles not in frames:
+            frames[roles] = _around(tokenizer, roles)
+        written = any(text in message["content"] for message in chat for text in reserved.values())
+        if written or _forged(encoded[row], frames[roles], reserved):
             encoded[row] = _encode_around(tokenizer, chat)
     return encoded
 
@@ -87,11 +96,53 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[i
     return encode_responses(tokenizer, [response])[0]
 
 
+def reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Ids, with their texts, that no user text may yield: special tokens, and others by which the chat template marks turns.
+
+    A checkpoint may add its role markers as tokens that are not special; what it does not mark turns by, such as whitespace
+    or `<think>`, stays text like any other. The unknown token is what unknown text yields.
+    """
+    added = tokenizer.added_tokens_decoder
+    ids = {token for token, about in added.items() if about.special}
+    if tokenizer.chat_template is not None:
+        ids |= added.keys() & set(_around(tokenizer, ["user"]) or [])
+    return {token: added[token].content for token in sorted(ids) if token != tokenizer.unk_token_id}
+
+
+def _forged(encoded: list[int], frame: list[int] | None, reserved: dict[int, str]) -> bool:
+    """Whether a chat has other reserved ids than its template, say by a normaliser that makes one out of other characters."""
+    return frame is not None and [t for t in encoded if t in reserved] != [t for t in frame if t in reserved]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[int] | None:
+    """Ids around contents of these roles; None for a template that cannot be taken apart."""
+    try:
+        return [token for piece in template_pieces(tokenizer, roles) for token in piece]
+    except ValueError:
+        return None
+
+
 def _encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts, none of them reserved. Raises ValueError where that cannot be."""
     if not texts:
         return []
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    reserved = reserved_tokens(tokenizer)
+    for row, text in enumerate(texts):
+        if not reserved.keys().isdisjoint(encoded[row]):
+            encoded[row] = _encode_in_parts(tokenizer, text, reserved)
     return encoded
+
+
+def _encode_in_parts(tokenizer: PreTrainedTokenizerBase, text: str, reserved: dict[int, str]) -> list[int]:
+    """Token ids of a text cut after the first character of each reserved token's text, which then is whole nowhere."""
+    cuts = "|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in reserved.values() if len(mark) > 1)
+    parts = [part for part in re.split(cuts, text) if part]
+    encoded = tokenizer(parts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = [token for part in encoded for token in part]
+    if found := reserved.keys() & set(ids):
+        raise ValueError(f"{text!r} cannot be encoded without the reserved token {reserved[min(found)]!r}; leave the row out")
+    return ids
 
 
 def template_pieces(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[list[int]]:

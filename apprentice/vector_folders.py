@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from apprentice.foreign_checkpoint import INDEX, SINGLE, weight_places
 from apprentice.policy import PINNED, checkpoint_arguments, load_tokenizer
 from apprentice.vectors import (
     Facts,
@@ -33,7 +34,6 @@ from apprentice.vectors import (
     subtract,
 )
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30  # what is held in memory before it is written
 COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # config, tokenizer, chat template
 LEFT = {PINNED, "trainer_state.json"}
@@ -46,10 +46,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = _resolved(folder)
+        self.folder = place_of(folder)
         self.config = self._config()
         self._handles: dict[Path, Any] = {}
-        self.files = self._files()
+        self.files = weight_places(self.folder)
         for name, first in _tied(self.config).items():
             if name in self.files and first in self.files and torch.equal(self.tensor(name), self.tensor(first)):
                 del self.files[name]  # stored twice: the loader ties it again
@@ -81,33 +81,12 @@ class Checkpoint:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._handles:
-            with _told(f"{file}: no safetensors file that can be read"):
-                self._handles[file] = safe_open(file, framework="pt")
+            self._handles[file] = safe_open(file, framework="pt")
         return self._handles[file]
 
     def _config(self) -> PreTrainedConfig:
         with _told(f"{self.folder}: no config.json that can be read"):
             return AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
-
-    def _files(self) -> dict[str, Path]:
-        """File of each tensor name."""
-        single, index = self.folder / SINGLE, self.folder / INDEX
-        if single.is_file():
-            return dict.fromkeys(self._handle(single).keys(), single)
-        if not index.is_file():
-            adapter = (self.folder / "adapter_config.json").is_file()
-            advice = "it is an adapter, merge it into its base first" if adapter else "convert it to safetensors"
-            raise ValueError(f"{self.folder}: neither {SINGLE} nor {INDEX}; {advice}")
-        with _told(f"{index}: not a safetensors index"):
-            places = json.loads(index.read_text())["weight_map"]
-            files = {name: self.folder / Path(file).name for name, file in places.items()}
-        for file in set(files.values()):
-            if not file.is_file():
-                raise ValueError(f"{file}: named in {INDEX} but missing; fetch the checkpoint again")
-            held = set(self._handle(file).keys())
-            if absent := [name for name, place in files.items() if place == file and name not in held]:
-                raise ValueError(f"{file}: {INDEX} says that it holds {absent[0]}, and it does not")
-        return files
 
 
 @dataclass(frozen=True)
@@ -188,8 +167,8 @@ def add_to_folder(
     return share
 
 
-def _resolved(folder: Path) -> Path:
-    """The folder itself, or the one it pins."""
+def place_of(folder: Path) -> Path:
+    """The folder itself, or the one it pins, inspected. Raises ValueError where there is none, or it is refused."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; download a hub checkpoint first (`hf download NAME`)")
     place = Path(checkpoint_arguments(folder)["pretrained_model_name_or_path"])

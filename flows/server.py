@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from flows import ROOT
 from flows.command import HOST, answers
 from tasks import process
-from tasks.store import alone
+from tasks.store import alone, masked
 
 PATIENCE = 180.0  # seconds for a server to answer
 
@@ -50,7 +50,7 @@ class Server:
         until = time.monotonic() + PATIENCE
         while not answers(self.health):
             if not self.runs() or time.monotonic() > until:
-                raise ServerError(f"{self.name}'s server did not start:\n" + "".join(self.lines))
+                raise ServerError(masked(f"{self.name}'s server did not start:\n" + "".join(self.lines)))
             time.sleep(0.3)
 
     def stop(self) -> None:

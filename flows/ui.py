@@ -25,8 +25,9 @@ def prefect_server(port: int) -> Server:
 def mlflow_server(port: int, store: str, experiment: str) -> Server:
     """MLflow's server over the project's store; its checks of Host and Origin stay on."""
     command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--artifacts-destination", str(ROOT / "mlruns")]
+    command += ["--artifacts-destination", str(ROOT / "mlruns")]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # ten processes less
+    env["MLFLOW_BACKEND_STORE_URI"] = store  # not in the command, which every user of the machine can read
     server = Server("MLflow", f"http://{HOST}:{port}", "/health", command, env)
     server.page = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"  # else it opens its pages for agents
     return server
@@ -72,7 +73,7 @@ def main(options: argparse.Namespace) -> int:
             while all(server.runs() for server in servers):
                 time.sleep(0.5)
             ended = next(server for server in servers if not server.runs())
-            raise ServerError(f"{ended.name}'s server ended:\n" + "".join(ended.lines))
+            raise ServerError(masked(f"{ended.name}'s server ended:\n" + "".join(ended.lines)))
     except KeyboardInterrupt:
         return 0
     except (ServerError, ValueError) as error:  # ValueError: params.yaml is wrong

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from apprentice.demonstrations import Demonstration, digest, prompt_id, read_dem
 from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
 from tasks.room import writing
-from tasks.stage import Stage
+from tasks.stage import Stage, StageError
 
 
 def compute_of(stage: Stage) -> Compute:
@@ -33,14 +34,25 @@ def model_folder(stage: Stage, name: str) -> Path:
     return stage.data / "models" / name
 
 
+@contextmanager
+def _refused_in_a_line() -> Iterator[None]:
+    """A folder that is refused stops the stage with the reason alone."""
+    try:
+        yield
+    except ValueError as error:
+        raise StageError(str(error)) from error
+
+
 def tokenizer_of(stage: Stage, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
-    return load_tokenizer(model_folder(stage, name))
+    with _refused_in_a_line():
+        return load_tokenizer(model_folder(stage, name))
 
 
 def policy_of(stage: Stage, name: str, compute: Compute) -> PreTrainedModel:
     """A model of the pipeline, to train."""
-    return load_policy(model_folder(stage, name), compute)
+    with _refused_in_a_line():
+        return load_policy(model_folder(stage, name), compute)
 
 
 def scorers_of(stage: Stage, names: Sequence[str], compute: Compute) -> dict[str, PreTrainedModel]:

@@ -12,7 +12,7 @@ from tasks.locked import LockedOut, LockedStage, git_commit, locked_stages
 from tasks.registry import Registry
 from tasks.runs import Runs, figures_of
 from tasks.stage import MAIN_LINE, METHODS, ROOT, Stage, StageError, stores_root, write_json
-from tasks.store import StoreError, alone, masked, numbers, open_store, store_uri
+from tasks.store import StoreError, alone, masked, numbers, open_store, store_uri, told_by_store
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -52,7 +52,7 @@ FURTHER = Line(
 def mirror(stage: Stage, line: Line) -> None:
     """Bring MLflow up to date with one pipeline file, then write what is registered and the stamp."""
     every = locked_stages()
-    with alone("register"):
+    with alone("register"), told_by_store():
         open_store(stage.config.experiment)  # raises at once when nobody answers
         _insist(lambda: Mirror(stage, line, every).update(), stage.warn)
     own = [found for found in every if found.file == line.file]

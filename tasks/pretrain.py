@@ -1,6 +1,6 @@
 """Train the tiny base on the world's documents, or pin a real checkpoint (pretrain.checkpoint) by revision and hashes."""
 
-from tasks.stage import Stage, StageError, run
+from tasks.stage import Stage, run
 
 
 def main(stage: Stage) -> None:
@@ -42,26 +42,15 @@ def main(stage: Stage) -> None:
 
 def pin(stage: Stage) -> None:
     """Note a real checkpoint by revision and file hashes in place of a copy; later stages load it from where it stands."""
-    from pathlib import Path
-
     from apprentice.policy import PINNED, checkpoint_arguments, file_hashes, load_policy
     from tasks.checkpoints import model_folder
+    from tasks.intake import take_in
     from tasks.stage import write_json
 
+    place = take_in(stage)
     checkpoint, revision = stage.config.checkpoint, stage.config.revision
-    local = Path(checkpoint)
-    if local.exists():
-        stage.expect_inside(local, "pretrain.checkpoint")
-    if not local.is_dir() and not revision:
-        raise StageError(f"pretrain.revision: expected the commit of {checkpoint!r}, so that it cannot change; got null")
-    if local.is_dir():
-        files = file_hashes(local)
-    else:
-        from huggingface_hub import snapshot_download
-
-        files = file_hashes(Path(snapshot_download(checkpoint, revision=revision, allow_patterns=["*.json", "*.safetensors"])))
     folder = model_folder(stage, "base")
-    write_json(folder / PINNED, {"checkpoint": str(checkpoint), "revision": revision, "files": files})
+    write_json(folder / PINNED, {"checkpoint": str(checkpoint), "revision": revision, "files": file_hashes(place)})
     size = sum(parameter.numel() for parameter in load_policy(folder).parameters())
     stage.say(f"pinned {checkpoint} ({size:,} parameters): {checkpoint_arguments(folder)}")
     stage.history.path.write_text("step\n")

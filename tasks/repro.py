@@ -17,6 +17,7 @@ from tasks.dvclocks import drop_stale
 from tasks.dvcstage import MachineryFailed, StageFailed, StageInfo, read_stages, repro
 from tasks.slots import Slots, slots_of
 from tasks.stage import MAIN_LINE, ROOT, read_params
+from tasks.store import masked
 from tasks.tracking import followed
 
 MACHINERY = "MachineryFailed"  # name of the failed state after which a retry may help
@@ -76,14 +77,14 @@ def bring_up_to_date(stage: StageInfo, slots: Slots, force: bool = False) -> Sta
         with slots.take(torch, log.info) as place, followed(stage.name, stage.outs, log.warning) as listen:
 
             def say(line: str) -> None:
-                log.info("%s", line)
+                log.info("%s", masked(line))
                 listen(line)
 
             skipped = repro(stage.name, say, force, place)
     except process.Stopped:
         return Cancelled(message="stopped with the flow")
     except StageFailed as error:  # as a state, not a traceback: what the stage printed says more
-        return Failed(name=MACHINERY if isinstance(error, MachineryFailed) else "Failed", message=str(error))
+        return Failed(name=MACHINERY if isinstance(error, MachineryFailed) else "Failed", message=masked(str(error)))
     return Completed(name="Cached", message=skipped) if skipped else Completed(message="ran")
 
 

@@ -265,7 +265,9 @@ def _command_line(name: str, about: str | None, items: list[str] | None) -> str 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if items:
-        parser.add_argument("item", choices=items, help="the model")
+        # DVC names the item in DVC_STAGE: in the command itself, a value of params.yaml would reach a shell
+        _, _, asked = os.environ.get("DVC_STAGE", "").partition("@")
+        parser.add_argument("item", choices=items, nargs="?" if asked else None, default=asked, help="the model")
     return getattr(parser.parse_args(), "item", None)
 
 

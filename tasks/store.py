@@ -5,9 +5,11 @@ import os
 import re
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ _opening = threading.Lock()
 
 
 class StoreError(StageError):
-    """MLflow's server cannot be reached; the message says where it was sought."""
+    """MLflow's store cannot be reached, or does not do what it is asked; the message says where it was sought."""
 
 
 def store_uri() -> str:
@@ -33,8 +35,21 @@ def store_uri() -> str:
 
 
 def masked(text: str) -> str:
-    """A text fit to be printed: names and passwords in the addresses in it are left out."""
-    return re.sub(r"://[^/@\s]*@", "://***@", text)
+    """A text fit to be printed: names, passwords and tokens in the addresses in it are left out."""
+    text = re.sub(r"://[^/?#\s]*@", "://***@", text)  # to the last @: a password may hold one
+    return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|pwd|token|secret|key)=)[^&\s]*", r"\1***", text)
+
+
+@contextmanager
+def told_by_store() -> Iterator[None]:
+    """Say in a line, without passwords, what MLflow or its database raises."""
+    try:
+        yield
+    except Exception as error:  # theirs share no class
+        if type(error).__module__.partition(".")[0] not in ("mlflow", "requests", "sqlalchemy"):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise StoreError(masked(f"MLflow at {store_uri()} (MLFLOW_TRACKING_URI) failed: {reason}")) from None
 
 
 @contextmanager
@@ -53,6 +68,7 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # MLflow would send a write again that may have arrived: a second run, a second version. Who writes here looks first.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints the address as it is, passwords too
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -72,11 +88,13 @@ def _check_answers(uri: str) -> None:
     """Raise at once when a server is named that is not there; MLflow itself would try for minutes."""
     if not uri.startswith("http"):
         return
+    parts = urllib.parse.urlsplit(uri)
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # urllib takes a name for a part of the host
     try:
-        urllib.request.urlopen(uri, timeout=10).close()
+        urllib.request.urlopen(bare, timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers, be it with "not allowed"
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise StoreError(masked(f"MLflow does not answer at {uri} (MLFLOW_TRACKING_URI): {error}")) from None
 
 

@@ -25,7 +25,7 @@ from apprentice.demonstrations import digest
 from tasks import process
 from tasks.dvcstage import open_repo
 from tasks.stage import MAIN_LINE, METHODS, ROOT
-from tasks.store import store_uri
+from tasks.store import masked, store_uri
 from tasks.study_plan import CLAIMS, Job, StudyError, targets_of, with_changes, written
 from tasks.warm import warm_python
 
@@ -147,6 +147,7 @@ class Workspace:
         with log.open("w", encoding="utf-8") as file, self._turn() as started:
 
             def hear(line: str) -> None:
+                line = masked(line)
                 print(line, file=file, flush=True)
                 tail.append(line)
                 if line.startswith(STARTED):

@@ -1,7 +1,5 @@
 """Train the tiny word tokenizer on the clean tables, or take the one of a real checkpoint (pretrain.checkpoint)."""
 
-from pathlib import Path
-
 from tasks.stage import Stage, run
 
 
@@ -13,11 +11,10 @@ def main(stage: Stage) -> None:
 
     checkpoint = stage.params.pretrain.checkpoint
     if checkpoint:
-        from transformers import AutoTokenizer
+        from apprentice.policy import load_tokenizer
+        from tasks.intake import take_in
 
-        if Path(checkpoint).exists():
-            stage.expect_inside(Path(checkpoint), "pretrain.checkpoint")
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=stage.params.pretrain.revision, trust_remote_code=False)
+        tokenizer = load_tokenizer(take_in(stage))
         stage.say(f"took the tokenizer of {checkpoint}: {len(tokenizer)} tokens")
     else:
         tables = [

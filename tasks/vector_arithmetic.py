@@ -91,11 +91,13 @@ def work(asked: argparse.Namespace) -> None:
     """Compare, print the facts, and write OUT if it is named. Raises ValueError for what cannot be done."""
     from transformers.utils.logging import set_verbosity_error
 
-    from apprentice.vector_folders import Checkpoint, add_to_folder, check_alike, folder_difference
+    from apprentice.foreign_checkpoint import try_out
+    from apprentice.vector_folders import Checkpoint, add_to_folder, check_alike, folder_difference, place_of
 
     set_verbosity_error()
     if asked.out and asked.out.exists():
         raise ValueError(f"{asked.out} exists; name a folder that does not")
+    try_out(*dict.fromkeys(place_of(folder) for folder in (asked.plus, asked.minus, asked.target or asked.minus)))
     parts = {"plus": Checkpoint(asked.plus), "minus": Checkpoint(asked.minus)}
     parts["target"] = Checkpoint(asked.target) if asked.target else parts["minus"]
     _, notes = check_alike(parts, asked.exclude)

@@ -77,4 +77,4 @@ def test_whole_numbers_serve_as_numbers_and_null_where_it_may(params: Callable[.
 def test_ends_of_a_range() -> None:
     assert Range(0).holds(0) and not Range(0, open_low=True).holds(0)
     assert Range(0, 1).holds(1) and not Range(0, 1).holds(1.01)
-    assert str(Range(0, 1, open_low=True)) == "between 0 (not included) and 1"
+    assert str(Range(0, 1, open_low=True)) == "a number between 0 (not included) and 1"

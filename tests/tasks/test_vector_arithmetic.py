@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from apprentice import foreign_checkpoint
 from apprentice.tokens import train_word_tokenizer
 from tasks.vector_arithmetic import main
 from tests.apprentice.toys import tiny_llama
@@ -20,7 +21,8 @@ Paths = dict[str, Path]
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> Paths:
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
+    monkeypatch.setattr(foreign_checkpoint, "try_out", lambda *folders: None)  # seconds each; tests/hostile tries it
     paths = {role: tmp_path / role for role in ("plus", "minus", "target")}
     for seed, path in enumerate(paths.values()):
         tiny_llama(seed).save_pretrained(path)

@@ -1,5 +1,6 @@
 """Servers and processes that die in the middle, for real: MLflow, Prefect, DVC, the flow, and two of them at once."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import yaml
 from mlflow import MlflowClient
 
 from flows.command import answers
+from tests import toy as toys
 from tests.conftest import Project
-from tests.toy import begin, empty_store, free_port, knobs, make_toy, run, runs, wait_for
+from tests.toy import empty_store, free_port, knobs, make_toy, run, runs, wait_for
 
 pytestmark = pytest.mark.slow
 PROC = Path("/proc")
@@ -89,6 +91,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return toy
 
 
+Begin = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """`toy.begin`, whose processes end with the test."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def start(*words: Any, **more: str) -> "subprocess.Popen[str]":
+        begun.append(toys.begin(*words, **more))
+        return begun[-1]
+
+    yield start
+    for child in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
 @pytest.fixture
 def toy(tmp_path: Path) -> Project:
     toy = make_toy(tmp_path / "toy")
@@ -126,7 +147,7 @@ def curves(address: str) -> list[list[int]]:
     return [[point.step for point in own.get_metric_history(r.info.run_id, "curve/loss")] for r in found]
 
 
-def test_mlflow_that_dies_while_a_stage_trains(toy: Project, made: Project, mlflow: Service) -> None:
+def test_mlflow_that_dies_while_a_stage_trains(toy: Project, made: Project, mlflow: Service, begin: Begin) -> None:
     done = run(toy, "-m", "dvc", "repro", "base")
     assert done.returncode == 0, done.stdout
     knobs(toy, hold=["sft"])
@@ -234,14 +255,16 @@ def held(toy: Project, stage: str) -> bool:
     return history.exists() and len(history.read_text().splitlines()) == 3
 
 
-def test_two_flows_and_a_hand_run_at_once_end_as_one_after_the_other(toy: Project, made: Project, prefect: Service) -> None:
+def test_two_flows_and_a_hand_run_at_once_end_as_one_after_the_other(
+    toy: Project, made: Project, prefect: Service, begin: Begin
+) -> None:
     knobs(toy, hold=["base"])
     there = {"PREFECT_API_URL": f"{prefect.address}/api"}
     first = begin(toy, "-m", "flows.align", **there)
     wait_for(lambda: held(toy, "base"), 240)
     toy.path("output.txt").rename(toy.path("first.txt"))
     second = begin(toy, "-m", "flows.align", **there)
-    wait_for(lambda: "waiting for base: in use by `" in toy.path("output.txt").read_text(), 240)
+    wait_for(lambda: "waiting for prepare: in use by `" in toy.path("output.txt").read_text(), 240)
     assert "repro --single-item base` (pid " in toy.path("output.txt").read_text()
     by_hand = run(toy, "-m", "dvc", "repro")
     assert by_hand.returncode == 255 and "is busy" in by_hand.stdout and "repro --single-item base" in by_hand.stdout
@@ -254,7 +277,7 @@ def test_two_flows_and_a_hand_run_at_once_end_as_one_after_the_other(toy: Projec
     assert json.loads(toy.path(".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
 
 
-def test_prefects_server_that_is_killed_and_started_again(toy: Project, made: Project, prefect: Service) -> None:
+def test_prefects_server_that_is_killed_and_started_again(toy: Project, made: Project, prefect: Service, begin: Begin) -> None:
     knobs(toy, hold=["base"])
     child = begin(toy, "-m", "flows.align", PREFECT_API_URL=f"{prefect.address}/api")
     wait_for(lambda: held(toy, "base"), 240)
@@ -266,7 +289,7 @@ def test_prefects_server_that_is_killed_and_started_again(toy: Project, made: Pr
     assert outputs(toy) == outputs(made)
 
 
-def test_prefects_server_that_stays_away(toy: Project, made: Project, prefect: Service) -> None:
+def test_prefects_server_that_stays_away(toy: Project, made: Project, prefect: Service, begin: Begin) -> None:
     knobs(toy, hold=["base"])
     there = {"PREFECT_API_URL": f"{prefect.address}/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
     child = begin(toy, "-m", "flows.align", **there)
@@ -295,7 +318,9 @@ def begun_in(toy: Project) -> list[str]:
 
 @pytest.mark.skipif(not PROC.exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_flow_with_a_server_of_its_own_leaves_nothing_behind(toy: Project, sign: signal.Signals, code: int) -> None:
+def test_a_flow_with_a_server_of_its_own_leaves_nothing_behind(
+    toy: Project, begin: Begin, sign: signal.Signals, code: int
+) -> None:
     knobs(toy, hang=["prepare"])
     child = begin(toy, "-m", "flows.align", "--only", "prepare")
     wait_for(lambda: toy.path("hanging").exists() and toy.path("hanging").read_text(), 240)
@@ -309,17 +334,14 @@ def test_a_flow_with_a_server_of_its_own_leaves_nothing_behind(toy: Project, sig
 
 
 @pytest.mark.parametrize("who", ["dvc", "stage"])
-def test_dvc_goes_on_after_a_kill(toy: Project, who: str) -> None:
+def test_dvc_goes_on_after_a_kill(toy: Project, begin: Begin, who: str) -> None:
     knobs(toy, hang=["prepare"])
     child = begin(toy, "-m", "dvc", "repro", "prepare")
     wait_for(lambda: toy.path("hanging").exists() and toy.path("hanging").read_text())
     stage = int(toy.path("hanging").read_text())
-    try:
-        os.kill(child.pid if who == "dvc" else stage, signal.SIGKILL)
-        assert child.wait(60) != 0
-        knobs(toy)
-        done = run(toy, "-m", "dvc", "repro", "prepare")
-        assert done.returncode == 0, done.stdout
-        assert json.loads(toy.path(".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
-    finally:
-        os.killpg(child.pid, signal.SIGKILL) if runs(stage) else None
+    os.kill(child.pid if who == "dvc" else stage, signal.SIGKILL)
+    assert child.wait(60) != 0
+    knobs(toy)
+    done = run(toy, "-m", "dvc", "repro", "prepare")
+    assert done.returncode == 0, done.stdout
+    assert json.loads(toy.path(".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}

@@ -14,7 +14,7 @@ from apprentice.config import ParamsError
 from apprentice.demonstrations import Demonstration, digest, prompt_id, read_demonstrations
 from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
-from tasks.stage import Stage
+from tasks.stage import Stage, StageError
 
 
 def compute_of(stage: Stage) -> Compute:
@@ -72,10 +72,18 @@ def save_model(
     parents: Sequence[str],
     metrics: dict[str, Any],
 ) -> None:
-    """Write a model folder with its card: what made it, from what, with which settings and figures."""
+    """Write a model folder with its card: what made it, from what, with which settings and figures.
+
+    Raises StageError for weights that are not finite.
+    """
+    if broken := [tensor for tensor, values in model.state_dict().items() if not values.isfinite().all()]:
+        raise StageError(
+            f"{stage.name}: {len(broken)} tensors of {name} hold NaN or infinite numbers after the last step, first "
+            f"{broken[0]}; the last snapshot stays under .resume/. Lower the learning rate (section `{stage.name}`)"
+        )
     folder = model_folder(stage, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_policy(model, tokenizer, folder, _card(stage, name, parents, metrics))
+    save_policy(model, tokenizer, folder, _card(stage, name, parents, stage.counted(metrics)))
     stage.say(f"wrote {folder.relative_to(stage.data.parent)}")
 
 

@@ -46,7 +46,7 @@ def test_so_many_in_a_row_are_skipped_warned_of_and_counted(capsys: pytest.Captu
         "WARNING: step 4: loss nan",
     ]
     assert not recorder.takes("step 6", {"loss": math.nan}) and not recorder.takes("step 7", {"loss": math.nan})
-    with pytest.raises(NumbersError, match="^step 8: loss nan, after 2 skipped in a row$"):
+    with pytest.raises(NumbersError, match=r"^step 8: loss nan, after 2 skipped in a row$"):
         recorder.takes("step 8", {"loss": math.nan})
 
 

@@ -25,9 +25,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(G - V) / Var(G) over response tokens: 1 is a perfect critic, 0 a constant one; 0 when returns do not vary."""
+    """1 - Var(G - V) / Var(G) over response tokens: 1 is a perfect critic, 0 a constant one.
+
+    0 when returns do not vary, NaN when one is not finite.
+    """
     variance = masked_var(returns, mask)
-    return float(1 - masked_var(returns - values, mask) / variance) if variance > 1e-12 else 0.0
+    return 0.0 if variance <= 1e-12 else float(1 - masked_var(returns - values, mask) / variance)
 
 
 def mean_per_response(values: Tensor, mask: Tensor) -> float:

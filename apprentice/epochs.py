@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from apprentice.finite import check_finite
+from apprentice.finite import NumbersError, all_finite, listed
 from apprentice.optimise import Optimiser, linear_decay
 from apprentice.policy import weights
-from apprentice.recorder import Recorder, State
+from apprentice.recorder import Recorder, Row, State
 from apprentice.sections import EpochsConfig
 
 Figures = dict[str, float]
@@ -28,8 +28,8 @@ class EpochEnd:
 
 @dataclass(frozen=True)
 class Trained:
-    """means: the steps' figures averaged over the last epoch. measured: the figures after each epoch. kept: the epoch whose
-    weights the model has, from 1."""
+    """means: the steps' figures averaged over the last epoch, or over as many steps where some of it were skipped. measured:
+    the figures after each epoch. kept: the epoch whose weights the model has, from 1."""
 
     means: Figures
     measured: list[Figures]
@@ -49,7 +49,8 @@ def train_epochs(
     """Train `model` in place on `size` rows; `step` gathers the gradient of a batch of row numbers and returns its figures.
 
     Rows of the recorder: what `after` measures (at an epoch's end), the step's figures, grad_norm, learning_rate, epoch.
-    Raises ValueError for no rows, NumbersError at the first figure or gradient that is not finite.
+    Raises ValueError for no rows; NumbersError at a figure or gradient that is not finite, by the recorder's rule, and at a
+    measurement that is not: the weights themselves are broken then.
     """
     if size < 1:
         raise ValueError(f"train_epochs: expected at least one row to train on, got {size}")
@@ -72,13 +73,20 @@ def train_epochs(
         epoch, place = divmod(done, batches)
         order = random.Random(f"{seed}/{epoch}").sample(range(size), size)
         figures = step(order[place * config.batch_size : (place + 1) * config.batch_size])
-        check_finite(f"step {done + 1} of {total}", figures)
-        tail = [*tail, figures][-batches:]
-        row: dict[str, float | None] = {**figures, **optimiser.step(), "epoch": epoch + 1}
+        row: Row = {**figures, "grad_norm": optimiser.clip(), "learning_rate": optimiser.rate}
+        if recorder.takes(f"step {done + 1} of {total}", row):
+            optimiser.step()
+            tail = [*tail, figures][-batches:]
+        else:
+            optimiser.drop()
+            row = dict.fromkeys(row)
+        row["epoch"] = epoch + 1
         if after:
             found: dict[str, Any] = dict.fromkeys(after.names)
             if place == batches - 1:
                 found = after.measure()
+                if not all_finite(found):
+                    raise NumbersError(f"after epoch {epoch + 1} of {config.epochs}: {listed(found)}")
                 measured = [*measured, found]
                 if after.keep(measured):
                     kept, best = epoch + 1, {name: tensor.clone() for name, tensor in weights(model).items()}

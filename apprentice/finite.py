@@ -1,4 +1,7 @@
-"""Numbers that go wrong: nothing is trained on a loss, reward or gradient that is NaN or infinite."""
+"""Numbers that go wrong: nothing is trained on a loss, reward or gradient that is NaN or infinite.
+
+What is done about one is the rule of `Recorder`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +11,11 @@ class NumbersError(ArithmeticError):
     """A loss, reward or gradient is not finite; the message says where, and what the figures were."""
 
 
-def check_finite(where: str, figures: Mapping[str, float | None]) -> None:
-    """Raise NumbersError that lists all figures when one of them is NaN or infinite; None counts as not measured."""
-    if any(value is not None and not math.isfinite(value) for value in figures.values()):
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
-        raise NumbersError(f"{where}: {listed}")
+def all_finite(figures: Mapping[str, float | None]) -> bool:
+    """Whether no figure is NaN or infinite; None counts as not measured."""
+    return all(value is None or math.isfinite(value) for value in figures.values())
+
+
+def listed(figures: Mapping[str, float | None]) -> str:
+    """The figures in a line, those not measured left out."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from apprentice.finite import check_finite
-
 Schedule = Callable[[int], float]
 
 
@@ -51,20 +49,26 @@ class Optimiser:
         )
         self.steps = 0
 
-    def step(self) -> dict[str, float]:
-        """Clip the gradients gathered so far, step, and clear them; returns grad_norm (before clipping) and learning_rate.
+    def clip(self) -> float:
+        """Clip the gradients gathered so far; returns their norm before: not finite when one of them is not."""
+        return float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
 
-        Raises NumbersError, the parameters unchanged, when the gradient is not finite.
-        """
-        rate = self.learning_rate * self.schedule(self.steps)
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        return self.learning_rate * self.schedule(self.steps)
+
+    def step(self) -> None:
+        """Step on the gradients gathered and clipped, and clear them."""
         for group in self.adamw.param_groups:
-            group["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        check_finite(f"optimiser step {self.steps + 1}", {"grad_norm": float(norm)})
+            group["lr"] = self.rate
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
         self.steps += 1
-        return {"grad_norm": float(norm), "learning_rate": rate}
+        self.drop()
+
+    def drop(self) -> None:
+        """Clear the gradients: moments, schedule and parameters stay as if there had been none."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs."""

@@ -15,16 +15,18 @@ from transformers import PreTrainedModel
 
 from apprentice.advantages import explained_variance, gae, mean_per_response
 from apprentice.compute import Compute
-from apprentice.finite import check_finite
+from apprentice.health import signs
 from apprentice.losses import clipped_policy_loss, value_loss
 from apprentice.masking import masked_mean, whiten
 from apprentice.optimise import Optimiser
 from apprentice.policy import Critic, response_scores, score, values_of, weights
-from apprentice.recorder import Recorder, State
+from apprentice.recorder import Recorder, Row, State
 from apprentice.rewards import kl_penalty, length_slope, place_total
 from apprentice.sampling import Request, Rollout, sample
 from apprentice.sections import PPOConfig
 from apprentice.tokens import Batch
+
+LEARNT = ("policy_loss", "approx_kl", "clip_fraction", "value_loss", "entropy", "grad_norm")  # of a row, from the updates
 
 
 @dataclass(frozen=True)
@@ -106,32 +108,34 @@ class PPO:
         self.iteration, self.kl_to_anchor = 0, 0.0
 
     def train(self, recorder: Recorder) -> dict[str, Any]:
-        """Run to the last iteration or until the KL stop; returns how far it came, why it stopped and the last KL."""
+        """Run to the last iteration or until the KL stop; returns how far it came, why it stopped and the last KL.
+
+        What is not finite is skipped or stops the run, by the recorder's rule: a whole iteration for its rewards, values or KL,
+        one step of it, on policy and critic, for its losses and gradients. Each sign of `health` is told once.
+        """
         if saved := recorder.resume():
             self.restore(saved)
         stopped = "iterations"
         while self.iteration < self.config.iterations:
-            rollout = self.sample()
-            row, experience = self.evaluate(rollout)
-            check_finite(f"iteration {self.iteration + 1} of {self.config.iterations}", row)
-            self.kl_to_anchor = row["kl_to_anchor"]
-            if self.config.kl_stop is not None and self.kl_to_anchor > self.config.kl_stop:
-                stopped = "kl_stop"
-                break
-            if row["reward_std"] < self.config.reward_std_floor:
-                recorder.warn(
-                    f"iteration {self.iteration + 1}: reward std {row['reward_std']:.2g} is below reward_std_floor "
-                    f"{self.config.reward_std_floor:g}: the reward hardly tells responses apart; advantages stay unwhitened"
-                )
-            if not row["eos_rate"]:
-                recorder.warn(
-                    f"iteration {self.iteration + 1}: no response ended within {self.config.max_new_tokens} tokens, so each "
-                    f"earns missing_eos_reward {self.config.missing_eos_reward:g}; raise max_new_tokens"
-                )
-            row |= self.update(experience)
+            scale, rollout = self.value_scale, self.sample()
+            figures, experience = self.evaluate(rollout)
+            row: Row = dict.fromkeys([*figures, *LEARNT])
+            if recorder.skips(self._where(), figures):
+                self.value_scale = scale
+            else:
+                self.kl_to_anchor = figures["kl_to_anchor"]
+                if self.config.kl_stop is not None and self.kl_to_anchor > self.config.kl_stop:
+                    stopped = "kl_stop"
+                    break
+                for sign in signs(figures, recorder.rows, self.config):
+                    recorder.warn(f"{self._where()}: {sign}")
+                row = {**figures, **self.update(experience, recorder)}
             self.iteration += 1
             recorder.step(self.iteration, self.config.iterations, row, self.state)
         return {"iterations": self.iteration, "stopped_by": stopped, "kl_to_anchor": self.kl_to_anchor}
+
+    def _where(self) -> str:
+        return f"iteration {self.iteration + 1} of {self.config.iterations}"
 
     def sample(self) -> Rollout:
         """Draw prompts from the pool and one response to each from the policy."""
@@ -182,15 +186,22 @@ class PPO:
         scale = self.value_scale
         return row, Experience(batch, mask, old_logps, values / scale, advantages, returns / scale)
 
-    def update(self, experience: Experience) -> dict[str, float]:
-        """The clipped steps of one iteration on policy and critic; returns the means of their metrics."""
+    def update(self, experience: Experience, recorder: Recorder) -> Row:
+        """The clipped steps of one iteration on policy and critic; returns the means of `LEARNT` over those taken."""
         steps: list[dict[str, float]] = []
         for epoch in range(self.config.epochs):
-            for rows in self._minibatches(len(experience.batch.ids), epoch):
-                steps.append(self._minibatch_step(experience, rows))
-        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+            for number, rows in enumerate(self._minibatches(len(experience.batch.ids), epoch), 1):
+                figures = self._gather(experience, rows)
+                norms = {"grad_norm": self.policy_optimiser.clip(), "critic_grad_norm": self.critic_optimiser.clip()}
+                taken = recorder.takes(f"{self._where()}, epoch {epoch + 1}, minibatch {number}", figures | norms)
+                for optimiser in (self.policy_optimiser, self.critic_optimiser):
+                    optimiser.step() if taken else optimiser.drop()
+                if taken:
+                    steps.append(figures | norms)
+        return {name: sum(step[name] for step in steps) / len(steps) if steps else None for name in LEARNT}
 
-    def _minibatch_step(self, experience: Experience, rows: list[int]) -> dict[str, float]:
+    def _gather(self, experience: Experience, rows: list[int]) -> dict[str, float]:
+        """Gather the gradients of a minibatch on policy and critic, micro-batch by micro-batch; returns its metrics."""
         config, metrics = self.config, dict[str, float]()
         count = float(experience.mask[rows].sum())
         for micro in self._micro_batches(experience.batch, rows):
@@ -209,8 +220,6 @@ class PPO:
             assert scores.entropy is not None
             for name, value in {**policy, **critic, "entropy": masked_mean(scores.entropy, mask, count)}.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
-        metrics["grad_norm"] = self.policy_optimiser.step()["grad_norm"]
-        self.critic_optimiser.step()
         return metrics
 
     def _minibatches(self, size: int, epoch: int) -> list[list[int]]:

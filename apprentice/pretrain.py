@@ -8,12 +8,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
-from apprentice.finite import check_finite
 from apprentice.losses import next_token_loss
 from apprentice.masking import length_mask
 from apprentice.optimise import Optimiser, flat_then_decay
 from apprentice.policy import token_logps, weights
-from apprentice.recorder import Recorder, State
+from apprentice.recorder import Recorder, Row, State
 from apprentice.sections import PretrainConfig
 from apprentice.tokens import encode_prompts, encode_responses, pad_id
 
@@ -74,12 +73,15 @@ def pretrain(
         with compute.autocast():
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss, metrics = next_token_loss(token_logps(logits, ids[:, 1:]), mask)
-        check_finite(f"step {step} of {config.steps}", {"loss": float(metrics["loss"])})
         loss.backward()
-        rates = optimiser.step()
-        tokens += int(lengths.sum())
-        row = {"loss": float(metrics["loss"]), "learning_rate": rates["learning_rate"], "tokens": tokens}
-        recorder.step(step, config.steps, row, state)
+        row: Row = {"loss": float(metrics["loss"]), "learning_rate": optimiser.rate}
+        if recorder.takes(f"step {step} of {config.steps}", {**row, "grad_norm": optimiser.clip()}):
+            optimiser.step()
+            tokens += int(lengths.sum())
+        else:
+            optimiser.drop()
+            row = dict.fromkeys(row)
+        recorder.step(step, config.steps, {**row, "tokens": tokens}, state)
 
 
 def _batches(

@@ -19,12 +19,13 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """What never changes a result: no stage depends on it."""
+    """What never changes a result: no stage depends on it. `skip_steps` decides whether a broken run has one, never which."""
 
     progress_seconds: NotNegative
     checkpoint_seconds: NotNegative
     checkpoint_steps: Count | None
     resume_folders: CountOrZero
+    skip_steps: CountOrZero
     retries: CountOrZero
     parallel_stages: Count | None
     outside_project: bool

@@ -85,11 +85,19 @@ def save_model(
     parents: Sequence[str],
     metrics: dict[str, Any],
 ) -> None:
-    """Write a model folder with its card: what made it, from what, with which settings and figures."""
+    """Write a model folder with its card: what made it, from what, with which settings and figures.
+
+    Raises StageError for weights that are not finite.
+    """
+    if broken := [tensor for tensor, values in model.state_dict().items() if not values.isfinite().all()]:
+        raise StageError(
+            f"{stage.name}: {len(broken)} tensors of {name} hold NaN or infinite numbers after the last step, first "
+            f"{broken[0]}; the last snapshot stays under .resume/. Lower the learning rate (section `{stage.name}`)"
+        )
     folder = model_folder(stage, name)
     needed = sum(parameter.nbytes for parameter in model.parameters())
     with writing(folder, needed, "the last snapshot stays"):
-        save_policy(model, tokenizer, folder, _card(stage, name, parents, metrics))
+        save_policy(model, tokenizer, folder, _card(stage, name, parents, stage.counted(metrics)))
     stage.say(f"wrote {folder.relative_to(stage.data.parent)}")
 
 

@@ -15,7 +15,7 @@ def main(stage: Stage) -> None:
     rows = table(stage, "demonstrations")
     own = sum(map(len, encode_responses(tokenizer_of(stage, "sft"), [row.response or "" for row in rows])))
     srppo = stage.params.srppo
-    spent = sum(float(row["length"]) for row in rows_of(stage.data / "reports" / "srppo" / "history.csv"))
+    spent = sum(float(row["length"] or 0) for row in rows_of(stage.data / "reports" / "srppo" / "history.csv"))
     epochs = max(1, round(spent * srppo.batch_size * srppo.epochs / own))
     stage.say(f"srppo took gradients of {spent * srppo.batch_size * srppo.epochs:.0f} tokens: {epochs} epochs of {own}")
     config = FineTuningConfig(epochs=epochs, select="last", **asdict(stage.config))

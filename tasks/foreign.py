@@ -22,10 +22,13 @@ def main(stage: Stage) -> None:
     stage.say(f"training another base for {config.steps} steps")
     recorder = StageRecorder(stage, "loss", "tokens")
     pretrain(model, tokenizer, documents(stage), config, seed=seed, compute=compute, recorder=recorder)
-    metrics = {"base_loss": round(recorder.rows[-1]["loss"] or 0.0, 6)}
+    losses = [row["loss"] for row in recorder.rows if row["loss"] is not None]
+    metrics = {"base_loss": round(losses[-1], 6)}
     save_model(stage, "foreign_base", model, tokenizer, [], metrics)
     train, held_out = (batch_of(tokenizer, table(stage, name), compute) for name in ("demonstrations", "validation"))
-    result = fine_tune(model, train, HeldOut(held_out), stage.config, seed=f"{seed}/sft", compute=compute, recorder=Recorder())
+    tuning = Recorder(stage.params.runtime.skip_steps)
+    result = fine_tune(model, train, HeldOut(held_out), stage.config, seed=f"{seed}/sft", compute=compute, recorder=tuning)
+    stage.skipped_steps += tuning.skipped
     metrics["held_out_loss"] = round(result["held_out_loss"], 6)
     stage.metrics(metrics)
     save_model(stage, "foreign", model, tokenizer, ["foreign_base"], metrics)

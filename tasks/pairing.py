@@ -1,7 +1,8 @@
 """From scored candidates to preference pairs, with the figures that tell whether the sampler did anything."""
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from apprentice.demonstrations import Demonstration, digest, prompt_id
@@ -26,15 +27,16 @@ def requests_of(rows: Sequence[Demonstration], tokenizer: Any, candidates: int) 
 
 
 def choose_pairs(
-    groups: Sequence[Sequence[Candidate]], config: PairsConfig, seed: int
+    groups: Sequence[Sequence[Candidate]], config: PairsConfig, seed: int, warn: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rejection-sample each prompt's candidates (`sft_sample_rank`: take any) and pair those accepted.
 
     Candidates cut off before the end token are left out; a pair of identical texts is dropped. Returns rows in TRL's
-    preference form and the figures. Raises StageError when no pair is left.
+    preference form and the figures. Warns where rejection accepted at first but the best of each prompt. Raises StageError
+    when no pair is left.
     """
     pairs: list[dict[str, Any]] = []
-    totals = {"accepted": 0, "trials": 0, "hits": 0, "rounds": 0, "identical": 0, "unfinished": 0, "short": 0}
+    totals = Counter[str]()
     reward, gap = 0.0, 0.0
     for group in groups:
         rewards = scores(group)
@@ -49,6 +51,8 @@ def choose_pairs(
         totals["hits"] += accepted.hits
         totals["rounds"] += accepted.rounds
         totals["unfinished"] += sum(not row["ended"] for row in group)
+        totals["lower"] += sum(float("-inf") < r < max(rewards) for r in rewards)
+        totals["lower_hits"] += sum(rewards[i] < max(rewards) for i in accepted.positions[: accepted.hits])
         totals["short"] += len(accepted.positions) < config.accepted
         reward += sum(rewards[i] for i in accepted.positions)
         gap += sum(top) - sum(rewards[i] for i in accepted.positions)
@@ -59,8 +63,14 @@ def choose_pairs(
                 pairs.append(preference(group[chosen], group[rejected]))
     if not pairs:
         raise StageError(
-            f"no pair survived: {totals['identical']} of identical texts, {totals['unfinished']} of {sum(map(len, groups))} "
-            "candidates unfinished. Raise pairs.max_new_tokens, pairs.candidates or pairs.temperature"
+            f"no pair survived: {totals['accepted']} candidates accepted, {totals['identical']} pairs of identical texts, "
+            f"{totals['unfinished']} of {sum(map(len, groups))} candidates unfinished. Raise pairs.max_new_tokens, "
+            "pairs.candidates or pairs.temperature"
+        )
+    if config.source == "rso_sample_rank" and config.beta and totals["lower"] and not totals["lower_hits"]:
+        warn(
+            f"of {totals['lower']} candidates below their prompt's best the first round accepted none: at pairs.beta "
+            f"{config.beta:g} rejection takes the best ones only; raise it"
         )
     return pairs, {
         "pairs": len(pairs),

@@ -9,7 +9,7 @@ def main(stage: Stage) -> None:
     from apprentice.policy import decode_responses
     from apprentice.rewards import sequence_rewards
     from apprentice.sampling import sample
-    from tasks.candidates import by_prompt
+    from tasks.candidates import by_prompt, check_rewards, warn_where_cut_off
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
     from tasks.kept import keeping
     from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
@@ -39,7 +39,10 @@ def main(stage: Stage) -> None:
         {"prompt": row.prompt, "prompt_id": prompt_id(row.prompt), "response": text, "reward": round(reward, 6), "ended": done}
         for row, text, reward, done in zip(asked, texts, rewards, ended, strict=True)
     ]
-    pairs, figures = choose_pairs(by_prompt(candidates), config, stage.params.seed)
+    groups = by_prompt(candidates)
+    warn_where_cut_off(stage, ended, "pairs.max_new_tokens")
+    check_rewards(stage, groups)
+    pairs, figures = choose_pairs(groups, config, stage.params.seed, stage.warn)
     write_jsonl(stage.data / "pairs" / "candidates.jsonl", candidates)
     write_jsonl(stage.data / "pairs" / "pairs.jsonl", pairs)
     stage.metrics(figures)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.stage import Stage, StageError
+from tasks.stage import Stage
 
 
 def prefer_stage(stage: Stage, rows: Sequence[dict[str, Any]], figures: dict[str, Any] | None = None) -> None:
@@ -11,8 +11,6 @@ def prefer_stage(stage: Stage, rows: Sequence[dict[str, Any]], figures: dict[str
     from apprentice.demonstrations import demonstration
     from tasks.checkpoints import batch_of, compute_of, tokenizer_of
 
-    if not rows:
-        raise StageError(f"{stage.name}: no preference pair to learn from")
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
     chosen, rejected = (
         batch_of(tokenizer, [demonstration(row["prompt"], row[side], "pairs") for row in rows], compute)

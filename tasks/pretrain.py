@@ -30,9 +30,9 @@ def main(stage: Stage) -> None:
         compute=compute,
         recorder=recorder,
     )
-    tail = recorder.rows[-100:]
+    tail = [row["loss"] for row in recorder.rows if row["loss"] is not None][-100:]
     metrics = {
-        "loss": round(sum(row["loss"] or 0.0 for row in tail) / len(tail), 6),
+        "loss": round(sum(tail) / len(tail), 6),
         "tokens": recorder.rows[-1]["tokens"],
         "parameters": size,
     }

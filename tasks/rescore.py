@@ -8,7 +8,7 @@ def main(stage: Stage) -> None:
     from statistics import fmean
 
     from apprentice.demonstrations import write_jsonl
-    from tasks.candidates import prompt_groups
+    from tasks.candidates import by_prompt, check_rewards, prompt_groups
     from tasks.checkpoints import compute_of
     from tasks.kept import keeping
 
@@ -16,6 +16,7 @@ def main(stage: Stage) -> None:
     rewards = _REWARDS[stage.config.reward](stage, groups, keeping(stage, compute_of(stage)))
     rows = [row for group in groups for row in group]
     rescored = [{**row, "reward": round(reward, 6)} for row, reward in zip(rows, rewards, strict=True)]
+    check_rewards(stage, by_prompt(rescored))
     write_jsonl(stage.data / "rescored" / "candidates.jsonl", rescored)
     stage.metrics({"candidates": len(rows), "reward": round(fmean(rewards), 6)})
     stage.say(f"{len(rows)} candidates, mean reward by {stage.config.reward} {fmean(rewards):.3f}")

@@ -21,7 +21,7 @@ class StageRecorder(Recorder):
     """Writes `history.csv`, progress and telemetry as steps happen, and a snapshot when one is due."""
 
     def __init__(self, stage: Stage, *shown: str) -> None:
-        super().__init__()
+        super().__init__(stage.params.runtime.skip_steps)
         self.stage, self.shown = stage, shown
         self.folder = resume_folder(stage)
         self._saved = time.monotonic()
@@ -31,6 +31,8 @@ class StageRecorder(Recorder):
         """The last snapshot of this very work, if it was interrupted; the history is rewritten up to it."""
         saved = load_state(self.folder / "last")
         self.rows = saved.pop("rows") if saved else []
+        self.taken, self.skipped, self.skipped_in_a_row = saved.pop("counts") if saved else (0, 0, 0)
+        self.stage.skipped_steps = self.skipped
         self.stage.history.start(self.rows)
         if saved:
             self.stage.say(f"continuing after step {len(self.rows)} of an interrupted run")
@@ -38,6 +40,12 @@ class StageRecorder(Recorder):
         self.stage.start_clock()
         self.stage.stoppable = True
         return saved
+
+    def skips(self, where: str, figures: Mapping[str, float | None]) -> bool:
+        """Tell the stage how many steps were skipped."""
+        skip = super().skips(where, figures)
+        self.stage.skipped_steps = self.skipped
+        return skip
 
     def step(self, done: int, total: int, row: Mapping[str, float | None], state: Callable[[], State]) -> None:
         """Append to the history, show progress, snapshot when one is due."""
@@ -47,7 +55,10 @@ class StageRecorder(Recorder):
         self.stage.stoppable = done < total
         if done < total and (self.stage.snapshot_due(done, self._saved) or self.stage.stop_signal):
             prune(self.stage)
-            save_state(self.folder / "last", {**state(), "rows": self.rows})
+            save_state(
+                self.folder / "last",
+                {**state(), "rows": self.rows, "counts": [self.taken, self.skipped, self.skipped_in_a_row]},
+            )
             self._saved = time.monotonic()
             self.stage.saved("step", done)
 

@@ -6,6 +6,7 @@ A stage module is `def main(stage): read, call one core function, write` and end
 import csv
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -28,7 +29,8 @@ MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
 SETTINGS = {"report_methods": "report", "register_methods": "register"}  # these go by the section of another stage
 NUMBERS_ADVICE = (
     "Nothing was trained on it; the last snapshot stays under .resume/. Lower the learning rate (params.yaml, section `{}`) "
-    "or look for a model or reward that is broken already."
+    "or look for a model or reward that is broken already. With runtime.skip_steps above 0 the same command goes on from the "
+    "snapshot and skips up to so many such steps in a row."
 )
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, quota exceeded
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
@@ -70,6 +72,12 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_write(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class History:
@@ -122,6 +130,7 @@ class Stage:
         self._made = self._began = self._said = time.monotonic()
         self._first_step: int | None = None
         self._at_end: list[Callable[[], None]] = []
+        self.skipped_steps = 0  # of training, since a number of theirs was not finite
         self.stoppable = False  # while steps are being taken, each of which can be saved
         self.lock: IO[str] | None = None  # held while it runs
         self.stop_signal = 0  # the signal that asked to stop after the step at hand
@@ -173,8 +182,21 @@ class Stage:
         self._began, self._first_step = time.monotonic(), None
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """Write `metrics.json`, the figures DVC and MLflow show for this stage."""
-        write_json(self.reports / "metrics.json", values)
+        """Write `metrics.json`, the figures DVC and MLflow show for this stage.
+
+        Raises StageError for one that is not finite.
+        """
+        for name, value in values.items():
+            if not _finite(value):
+                raise StageError(
+                    f"{self.label}: the figure {name} is {value}, not a finite number: a model that this stage loads holds NaN "
+                    "or infinite weights, or scores a response so; run the stage that made it again"
+                )
+        write_json(self.reports / "metrics.json", self.counted(values))
+
+    def counted(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Figures of the stage, with `skipped_steps` where there are some."""
+        return {**values, "skipped_steps": self.skipped_steps} if self.skipped_steps else values
 
     def telemetry(self, **event: Any) -> None:
         """Append what differs from run to run (times, rates, host); never a DVC output."""

@@ -40,7 +40,7 @@ def stage_tokens(
         if isinstance(config, FREE):
             return 0.0
         if isinstance(config, sections.PPOConfig):
-            return sum(float(row["length"]) for row in history) * config.batch_size * (1 + config.epochs)
+            return sum(float(row["length"] or 0) for row in history) * config.batch_size * (1 + config.epochs)
         if isinstance(config, sections.PairsConfig):
             return config.prompts * config.candidates * length
         return (float(history[-1]["epoch"]) * _responses(name, config, metrics) + _drawn(config, metrics)) * length

@@ -62,7 +62,7 @@ def log_rows(
 
 def missing_rows(client: "MlflowClient", run_id: str, rows: list[dict[str, float]]) -> list[dict[str, float]] | None:
     """The rows a run has not got yet; None when it has others in their place, so that it went differently."""
-    column = next((key for row in rows[:1] for key in row if key != "step"), None)
+    column = next((key for row in rows for key in row if key != "step"), None)
     if column is None:
         return rows
     logged = {metric.step: metric.value for metric in client.get_metric_history(run_id, f"curve/{column}")}

@@ -2,7 +2,7 @@
 
 import random
 
-from tasks.stage import Stage, run
+from tasks.stage import Stage, StageError, run
 
 
 def main(stage: Stage) -> None:
@@ -21,6 +21,11 @@ def main(stage: Stage) -> None:
         rng.shuffle(wrong)
         chosen = list(zip(right, wrong, strict=False))[: stage.params.pairs.accepted // 2]
         rows += [{"prompt": group[0]["prompt"], "chosen": a, "rejected": b} for a, b in chosen]
+    if not rows:
+        raise StageError(
+            "whole_pairs: no prompt has a right and a wrong finished candidate, so no pair is left; raise pairs.candidates, "
+            "pairs.prompts or pairs.max_new_tokens"
+        )
     prefer_stage(stage, rows)
 
 

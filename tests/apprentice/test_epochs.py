@@ -241,3 +241,79 @@ def test_a_figure_that_is_not_finite_stops_before_its_step(figure: str) -> None:
     with pytest.raises(NumbersError, match=rf"step 5 of 9: .*{figure} nan"):
         run.train(recorder, epochs=3)
     assert len(recorder.rows) == 4 and hash_of(run.model) == hashes[-1] != hashes[-2]
+
+
+class Broken(Run):
+    """The same with steps, by their number from 1, whose loss is NaN or one of whose gradients is infinite."""
+
+    def __init__(self, broken: dict[int, str], **more: int) -> None:
+        super().__init__(**more)
+        self.broken = {tuple(batch): broken[n] for n, batch in enumerate(BATCHES, 1) if n in broken}
+
+    def step(self, rows: list[int]) -> Figures:
+        figures, how = super().step(rows), self.broken.get(tuple(rows))
+        if how == "gradient":
+            next(self.model.parameters()).grad[0] = float("inf")  # type: ignore[index]
+        return {**figures, "loss": float("nan")} if how == "loss" else figures
+
+
+def batches_of_three_epochs() -> list[list[int]]:
+    run = Run()
+    run.train()
+    return run.taken
+
+
+BATCHES = batches_of_three_epochs()
+SKIPPED = {2: "loss", 3: "gradient", 7: "gradient", 9: "loss"}  # inside an epoch, at the end of one, of all
+OPTIONS = {"learning_rate": 3e-2, "weight_decay": 0.1, "warmup_share": 0.5}
+
+
+def test_a_skipped_step_is_as_if_its_batch_had_not_been_there() -> None:
+    run, recorder = Broken(SKIPPED), Keeping(skip_steps=2)
+    trained = run.train(recorder, keep=never, **OPTIONS)
+    without = Run()
+    optimiser = Optimiser(without.model.parameters(), 3e-2, 1.0, linear_decay(9, 0.5), 0.1)
+    figures = []
+    for n, rows in enumerate(BATCHES, 1):
+        if n not in SKIPPED:
+            figures.append(without.step(rows))
+            optimiser.clip()
+            optimiser.step()
+    assert hash_of(run.model) == hash_of(without.model)
+    assert trained.means["loss"] == pytest.approx(sum(row["loss"] for row in figures[-3:]) / 3)
+    assert (recorder.skipped, recorder.taken) == (4, 5)
+    blank = {"loss": None, "first": None, "grad_norm": None, "learning_rate": None}
+    for n, row in enumerate(recorder.rows, 1):
+        assert list(row) == ["step", "whole_loss", "loss", "first", "grad_norm", "learning_rate", "epoch"]
+        assert (row["epoch"], row["whole_loss"] is None) == ((n + 2) // 3, n % 3 > 0)
+        assert (blank.items() <= row.items()) == (n in SKIPPED)
+    assert [text.split(":")[0] for text in recorder.warnings] == [f"step {n} of 9" for n in SKIPPED]
+    assert "loss nan" in recorder.warnings[0] and "grad_norm inf" in recorder.warnings[1]
+
+
+@pytest.mark.parametrize("stop", range(1, 10))
+def test_a_run_with_skipped_steps_resumed_anywhere_is_bit_identical(stop: int) -> None:
+    whole, broken = Keeping(skip_steps=2), Keeping(keep_at=stop, skip_steps=2)
+    undisturbed = Broken(SKIPPED)
+    wanted = undisturbed.train(whole, keep=second, **OPTIONS)
+    with pytest.raises(Interrupted):
+        Broken(SKIPPED).train(broken, keep=second, **OPTIONS)
+    resumed, again = Keeping(saved=broken.saved, skip_steps=2), Broken(SKIPPED, start=9)
+    assert again.train(resumed, keep=second, **OPTIONS) == wanted
+    assert hash_of(again.model) == hash_of(undisturbed.model)
+    assert (resumed.rows, resumed.skipped) == (whole.rows, 4)
+
+
+def test_one_more_in_a_row_than_may_be_skipped_stops() -> None:
+    recorder = Keeping(skip_steps=2)
+    with pytest.raises(NumbersError, match=r"step 6 of 9: .*grad_norm inf.*, after 2 skipped in a row"):
+        Broken({2: "loss", 4: "loss", 5: "gradient", 6: "gradient"}).train(recorder)
+    assert len(recorder.rows) == 5
+
+
+def test_a_measurement_that_is_not_finite_stops_whatever_the_rule() -> None:
+    run, recorder = Run(), Recorder(skip_steps=9)
+    run.measure = lambda: {"whole_loss": float("nan")}  # type: ignore[method-assign]
+    with pytest.raises(NumbersError, match="after epoch 1 of 3: whole_loss nan"):
+        run.train(recorder, keep=never)
+    assert len(recorder.rows) == 2

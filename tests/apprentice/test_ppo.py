@@ -14,9 +14,10 @@ from transformers import LlamaForCausalLM
 from apprentice.advantages import gae
 from apprentice.compute import CPU, Compute
 from apprentice.finite import NumbersError
+from apprentice.health import signs
 from apprentice.losses import clipped_policy_loss
 from apprentice.policy import freeze, response_scores, score, values_of
-from apprentice.ppo import PPO, Experience, Prompts, Rewarded, TerminalReward
+from apprentice.ppo import LEARNT, PPO, Experience, Prompts, Rewarded, TerminalReward
 from apprentice.recorder import Recorder
 from apprentice.rewards import kl_penalty, place, self_reward, sequence_rewards, token_rewards
 from apprentice.sampling import Rollout
@@ -64,13 +65,14 @@ def gradient_of_update(ppo: SelfRewardingPPO, experience: Experience) -> tuple[T
     """Gradients on policy and critic of one update that is one step, not taken."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str, model: nn.Module) -> dict[str, float]:
+    def keep(name: str, model: nn.Module) -> float:
         found[name] = gradient(model)
-        return {"grad_norm": float(found[name].norm())}
+        return float(found[name].norm())
 
-    ppo.policy_optimiser.step = lambda: keep("policy", ppo.policy)
-    ppo.critic_optimiser.step = lambda: keep("critic", ppo.critic)
-    metrics = ppo.update(experience)
+    ppo.policy_optimiser.clip = lambda: keep("policy", ppo.policy)
+    ppo.critic_optimiser.clip = lambda: keep("critic", ppo.critic)
+    ppo.policy_optimiser.step = ppo.critic_optimiser.step = lambda: None
+    metrics = ppo.update(experience, Recorder())
     return found["policy"], found["critic"], metrics
 
 
@@ -255,7 +257,8 @@ def test_S1_equal_models_train_nothing_and_say_so() -> None:
     for row in recorder.rows:
         assert (row["reward"], row["reward_std"], row["grad_norm"]) == (0, 0, 0)
         assert all(math.isfinite(value) for value in row.values() if value is not None)
-    assert len([text for text in recorder.warnings if "reward_std_floor" in text]) == 2
+    (said,) = [text for text in recorder.warnings if "reward_std_floor" in text]  # once, not at every iteration
+    assert said.startswith("iteration 1 of 2: reward std 0 is below reward_std_floor 0.001")
 
 
 def test_a_reward_that_is_not_finite_stops_before_anything_is_trained_on_it() -> None:
@@ -273,12 +276,14 @@ def test_a_reward_that_is_not_finite_stops_before_anything_is_trained_on_it() ->
 
 
 def test_where_no_response_ends_a_warning_says_what_to_turn() -> None:
-    ppo, recorder = trainer(iterations=1, max_new_tokens=1, missing_eos_reward=-2.0), Keeping()
+    ppo, recorder = trainer(iterations=2, max_new_tokens=1, missing_eos_reward=-2.0), Keeping()
     rollout = ppo.sample()
     ppo.sample = lambda: replace(rollout, ended=torch.zeros_like(rollout.ended))
     ppo.train(recorder)
     (said,) = [text for text in recorder.warnings if "no response ended" in text]
-    assert "iteration 1: no response ended within 1 tokens" in said and "missing_eos_reward -2; raise max_new_tokens" in said
+    assert (
+        "iteration 1 of 2: no response ended within 1 tokens" in said and "missing_eos_reward -2; raise max_new_tokens" in said
+    )
 
 
 def test_S1_a_reward_that_is_all_rounding_is_not_blown_up_by_whitening() -> None:
@@ -392,8 +397,8 @@ def test_P3_in_bfloat16_recomputed_logps_keep_the_first_ratio_at_exactly_1() -> 
         scorers = {"sft": freeze(models[1]), "base": freeze(models[2])}
         ppo = SelfRewardingPPO(models[0], scorers, pool(), config, seed="0/srppo", compute=compute)
         _, experience = ppo.evaluate(ppo.sample())
-        ppo.policy_optimiser.step = lambda: {"grad_norm": 0.0}  # stay, for both minibatches
-        found.append(ppo.update(experience)["approx_kl"])
+        ppo.policy_optimiser.step = ppo.policy_optimiser.drop  # stay, for both minibatches
+        found.append(ppo.update(experience, Recorder())["approx_kl"])
     assert found[0] == 0
     assert found[1] != 0  # passes over single tokens round otherwise
 
@@ -431,8 +436,8 @@ def test_every_epoch_takes_each_response_once_in_a_fresh_order(monkeypatch: pyte
     ppo = trainer(epochs=3, batch_size=8, minibatch_size=3)
     _, experience = ppo.evaluate(ppo.sample())
     taken: list[list[int]] = []
-    monkeypatch.setattr(ppo, "_minibatch_step", lambda _, rows: taken.append(rows) or {"loss": 0.0})
-    ppo.update(experience)
+    monkeypatch.setattr(ppo, "_gather", lambda _, rows: taken.append(rows) or dict.fromkeys(LEARNT, 0.0))
+    ppo.update(experience, Recorder())
     assert [len(rows) for rows in taken] == [3, 3, 2] * 3
     epochs = [[row for rows in taken[i : i + 3] for row in rows] for i in (0, 3, 6)]
     assert all(sorted(rows) == list(range(8)) for rows in epochs)
@@ -561,3 +566,162 @@ def test_a_reward_sees_every_scorer_at_temperature_1_and_decides_where_it_is_pai
     returns = experience.returns * ppo.value_scale  # what is still to come, one half a token
     for i, (ids, _) in enumerate(enumerate_responses()):
         assert returns[i, : len(ids)].tolist() == pytest.approx([0.5 * (len(ids) - t) for t in range(len(ids))], abs=1e-5)
+
+
+# --- numbers that go wrong
+
+
+def spoilt(iterations: tuple[int, ...], **changes: Any) -> SelfRewardingPPO:
+    """A trainer whose reward in these iterations, from 1, pays NaN or infinity on some token."""
+    ppo = trainer(epochs=2, **changes)
+    fine = ppo.reward
+
+    def reward(rollout: Rollout, logps: Mapping[str, Tensor]) -> Rewarded:
+        found = fine(rollout, logps)
+        if ppo.iteration + 1 in iterations:
+            found.placed[1, 0] = math.inf if ppo.iteration % 2 else math.nan
+        return found
+
+    ppo.reward = reward
+    return ppo
+
+
+def iterations_of(ppo: SelfRewardingPPO, numbers: tuple[int, ...]) -> SelfRewardingPPO:
+    """The trainer after these iterations, from 1, and no others."""
+    for number in numbers:
+        ppo.iteration = number - 1
+        ppo.update(ppo.evaluate(ppo.sample())[1], Recorder())
+    return ppo
+
+
+@pytest.mark.parametrize(("broken", "left"), [((1,), (2, 3, 4)), ((2, 3), (1, 4)), ((4,), (1, 2, 3))])
+def test_an_iteration_with_a_reward_that_is_not_finite_is_as_if_it_had_not_been_there(
+    broken: tuple[int, ...], left: tuple[int, ...]
+) -> None:
+    ppo, recorder = spoilt(broken), Keeping(skip_steps=2)
+    result, wanted = ppo.train(recorder), iterations_of(trainer(epochs=2), left)
+    assert hash_of(ppo.policy) == hash_of(wanted.policy) and hash_of(ppo.critic) == hash_of(wanted.critic)
+    assert ppo.value_scale == wanted.value_scale
+    assert (result["iterations"], result["stopped_by"]) == (4, "iterations") and math.isfinite(result["kl_to_anchor"])
+    assert recorder.skipped == len(broken)
+    skipped = [text for text in recorder.warnings if "skipped" in text]
+    assert [text.split(":")[0] for text in skipped] == [f"iteration {n} of 4" for n in broken]
+    columns = list(recorder.rows[left[0] - 1])
+    for number, row in enumerate(recorder.rows, 1):
+        assert list(row) == columns
+        assert [value is None for value in row.values()] == [False] + [number in broken] * (len(columns) - 1)
+    with pytest.raises(NumbersError, match=rf"iteration {broken[0]} of 4: reward .*explained_variance nan"):
+        spoilt(broken).train(Recorder())
+
+
+def break_gradient(ppo: SelfRewardingPPO, model: str, calls: tuple[int, ...]) -> None:
+    """Make a gradient of `policy` or `critic` infinite in these of its minibatches, from 1."""
+    optimiser, count = getattr(ppo, f"{model}_optimiser"), iter(range(1, 99))
+    clip = optimiser.clip
+
+    def broken() -> float:
+        if next(count) in calls:
+            optimiser.parameters[0].grad[0] = math.inf
+        found: float = clip()
+        return found
+
+    optimiser.clip = broken
+
+
+@pytest.mark.parametrize("model", ["policy", "critic"])
+def test_a_minibatch_with_a_gradient_that_is_not_finite_moves_neither_policy_nor_critic(model: str) -> None:
+    ppo, recorder = trainer(iterations=1, epochs=2), Keeping(skip_steps=1)
+    break_gradient(ppo, model, (2,))
+    ppo.train(recorder)
+    wanted = trainer(iterations=1, epochs=2)
+    _, experience = wanted.evaluate(wanted.sample())
+    for epoch in (0, 1):
+        for number, rows in enumerate(wanted._minibatches(8, epoch)):
+            if (epoch, number) != (0, 1):
+                wanted._gather(experience, rows)
+                for optimiser in (wanted.policy_optimiser, wanted.critic_optimiser):
+                    optimiser.clip()
+                    optimiser.step()
+    assert hash_of(ppo.policy) == hash_of(wanted.policy) and hash_of(ppo.critic) == hash_of(wanted.critic)
+    assert (recorder.skipped, recorder.taken) == (1, 3)
+    assert recorder.warnings[0].startswith("iteration 1 of 1, epoch 1, minibatch 2: policy_loss")
+    assert all(value is not None and math.isfinite(value) for value in recorder.rows[0].values())
+    again = trainer(iterations=1, epochs=2)
+    break_gradient(again, model, (2,))
+    name = "grad_norm" if model == "policy" else "critic_grad_norm"
+    with pytest.raises(NumbersError, match=rf"epoch 1, minibatch 2: .*{name} (inf|nan)"):
+        again.train(Recorder())
+
+
+def test_minibatches_skipped_one_after_another_count_over_iterations() -> None:
+    ppo, recorder = trainer(iterations=4), Keeping(skip_steps=3)
+    break_gradient(ppo, "critic", (3, 4, 5, 6))  # both of the second and of the third iteration
+    with pytest.raises(NumbersError, match=r"iteration 3 of 4, epoch 1, minibatch 2: .*after 3 skipped in a row"):
+        ppo.train(recorder)
+    assert [row["grad_norm"] is None for row in recorder.rows] == [False, True]
+    assert recorder.rows[1]["reward"] is not None
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_an_interrupted_run_with_skipped_iterations_ends_in_the_same_weights(stop: int) -> None:
+    whole, broken = Keeping(skip_steps=1), Keeping(keep_at=stop, skip_steps=1)
+    undisturbed = spoilt((1, 3))
+    result = undisturbed.train(whole)
+    with pytest.raises(Interrupted):
+        spoilt((1, 3)).train(broken)
+    resumed, ppo = Keeping(saved=broken.saved, skip_steps=1), spoilt((1, 3), policy=99)
+    assert ppo.train(resumed) == result
+    assert hash_of(ppo.policy) == hash_of(undisturbed.policy) and hash_of(ppo.critic) == hash_of(undisturbed.critic)
+    assert (resumed.rows, resumed.skipped) == (whole.rows, 2)
+    assert [text for text in resumed.warnings if "skipped" in text] == whole.warnings[-1:] * (stop < 3)
+
+
+def test_a_policy_that_runs_away_from_the_anchor_is_told_of_once() -> None:
+    sure = [[9.0, 0.0, 0.0, 0.0] for _ in range(4)]  # always 0; the anchor never, three tokens of 9 nats
+    ppo, recorder = trainer(iterations=3, kl_coef=0.0), Keeping()
+    ppo.policy = markov(sure)
+    ppo.scorers = {name: freeze(markov([[0.0, 9.0, 9.0, 9.0]] * 4)) for name in ("sft", "base")}
+    ppo.train(recorder)
+    (said,) = [text for text in recorder.warnings if "kl_stop" in text]
+    assert said.startswith("iteration 1 of 3: ") and "nats per response from the KL anchor 'sft', and kl_stop is None" in said
+    assert all(row["kl_to_anchor"] > 10 for row in recorder.rows)
+
+
+def test_responses_that_run_away_in_length_are_told_of_once() -> None:
+    def longer(rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        return rollout.batch.response_lengths.float(), {}
+
+    changes = {"kl_coef": 0.0, "iterations": 12, "batch_size": 64, "minibatch_size": 64, "learning_rate": 2e-2}
+    scorers = {name: freeze(markov([[0.0] * 4] * 4)) for name in ("sft", "base")}  # the end token with chance 1/4
+    config = srppo_config(max_new_tokens=6, **changes)
+    ppo = PPO(markov([[0.0] * 4] * 4), scorers, pool(), TerminalReward(longer, 9.0), config, seed="0", compute=CPU)
+    recorder = Keeping()
+    ppo.train(recorder)
+    rates = [row["eos_rate"] for row in recorder.rows]
+    assert rates[0] > 0.5 > 0.25 > rates[-1]  # what is trained for
+    first = next(i for i, rate in enumerate(rates) if rate < 0.5) + 1
+    (said,) = [text for text in recorder.warnings if "run away in length" in text]
+    assert said.startswith(f"iteration {first} of 12: ") and "of responses end within 6 tokens" in said
+    at = signs({**recorder.rows[-1], "eos_rate": 0.4}, [{**recorder.rows[0], "eos_rate": 0.4}], ppo.config)
+    assert not [text for text in at if "length" in text]  # a model that always was so runs nowhere
+
+
+def test_a_reward_that_goes_flat_is_told_of_once_after_resuming_too() -> None:
+    def flat_from(iteration: int) -> PPO:
+        def rate(rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+            given = torch.arange(float(len(rollout.keys)))
+            return (given if ppo.iteration + 1 < iteration else 0 * given), {}
+
+        ppo = rewarded_by(TerminalReward(rate, 0.0))
+        return ppo
+
+    whole, broken = Keeping(), Keeping(keep_at=3)
+    flat_from(2).train(whole)
+    (said,) = [text for text in whole.warnings if "reward_std_floor" in text]
+    assert said.startswith("iteration 2 of 4: reward std 0")
+    with pytest.raises(Interrupted):
+        flat_from(2).train(broken)
+    resumed = Keeping(saved=broken.saved)
+    flat_from(2).train(resumed)
+    assert not [text for text in resumed.warnings if "reward_std_floor" in text]
+    assert resumed.rows == whole.rows

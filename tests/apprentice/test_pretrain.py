@@ -1,13 +1,20 @@
 """Training of the tiny base: what a step takes, and that a run can be broken off anywhere."""
 
+import math
 import random
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from apprentice import pretrain as module
 from apprentice.compute import CPU
+from apprentice.finite import NumbersError
+from apprentice.masking import length_mask
 from apprentice.pretrain import build_base, pretrain
 from apprentice.recorder import Recorder
 from apprentice.tokens import encode_prompt, encode_response, train_word_tokenizer
@@ -101,3 +108,35 @@ def test_the_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     recorder = Recorder()
     run(tokenizer, recorder, steps=60)
     assert torch.tensor([row["loss"] for row in recorder.rows[-5:]]).mean() < 0.8 * recorder.rows[0]["loss"]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_step_without_a_loss_stops_or_is_as_if_its_batch_had_not_been_there(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    batches = module._batches
+
+    def third_left_out(*arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        return (batch for step, batch in enumerate(batches(*arguments), 1) if step != 3)
+
+    def third_empty(*arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (ids, lengths) in enumerate(batches(*arguments), arguments[-1] + 1):
+            yield (ids, lengths) if step != 3 else (ids, lengths - math.nan)  # a mask of NaN
+
+    monkeypatch.setattr(module, "_batches", third_left_out)
+    without = Recorder()
+    wanted = hash_of(run(tokenizer, without))
+    monkeypatch.setattr(module, "_batches", third_empty)
+    monkeypatch.setattr(module, "length_mask", lambda lengths, width: length_mask(lengths, width) * (0 * lengths + 1)[:, None])
+    whole, broken = Keeping(skip_steps=1), Keeping(keep_at=stop, skip_steps=1)
+    assert hash_of(run(tokenizer, whole)) == wanted
+    assert [row["loss"] for row in whole.rows if row["step"] != 3] == [row["loss"] for row in without.rows]
+    assert [row["tokens"] for row in whole.rows if row["step"] != 3] == [row["tokens"] for row in without.rows]
+    assert whole.rows[2] == {"step": 3, "loss": None, "learning_rate": None, "tokens": whole.rows[1]["tokens"]}
+    assert whole.skipped == 1 and whole.warnings[0].startswith("step 3 of 20: loss nan")
+    with pytest.raises(Interrupted):
+        run(tokenizer, broken)
+    resumed = Keeping(saved=broken.saved, skip_steps=1)
+    assert hash_of(run(tokenizer, resumed, first_weights=99)) == wanted and resumed.rows == whole.rows
+    with pytest.raises(NumbersError, match="step 3 of 20: loss nan"):
+        run(tokenizer, Recorder())

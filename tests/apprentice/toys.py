@@ -153,20 +153,22 @@ class Interrupted(Exception):
 class Keeping(Recorder):
     """Keeps the state after step `keep_at`, then raises `Interrupted`; starts from `saved` when given one."""
 
-    def __init__(self, keep_at: int | None = None, saved: tuple[State, list[Row]] | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, keep_at: int | None = None, saved: tuple[State, list[Row], list[int]] | None = None, skip_steps: int = 0
+    ) -> None:
+        super().__init__(skip_steps)
         self.keep_at, self.saved, self.warnings = keep_at, saved, list[str]()
 
     def resume(self) -> State | None:
         if self.saved is None:
             return None
-        state, self.rows = copy.deepcopy(self.saved)
+        state, self.rows, (self.taken, self.skipped, self.skipped_in_a_row) = copy.deepcopy(self.saved)
         return state
 
     def step(self, done: int, total: int, row: Mapping[str, float | None], state: Callable[[], State]) -> None:
         super().step(done, total, row, state)
         if done == self.keep_at:
-            self.saved = copy.deepcopy((state(), self.rows))
+            self.saved = copy.deepcopy((state(), self.rows, [self.taken, self.skipped, self.skipped_in_a_row]))
             raise Interrupted
 
     def warn(self, message: str) -> None:

@@ -18,7 +18,6 @@ from tasks.stage import Stage, run
 
 
 def main(stage):
-    from apprentice.finite import check_finite
     from tasks.resume import StageRecorder
 
     stage.__dict__["key"] = "0123"
@@ -27,8 +26,8 @@ def main(stage):
     for step in range(saved["step"] + 1 if saved else 1, 201):
         time.sleep(60 if os.environ.get("LONG") == str(step) else 0.0 if "QUICK" in os.environ else 0.05)
         loss = float("nan") if os.environ.get("BROKEN") == str(step) else 1.0 / step
-        check_finite(f"step {step} of 200", {"loss": loss})
-        recorder.step(step, 200, {"loss": loss}, lambda: {"step": step})
+        taken = recorder.takes(f"step {step} of 200", {"loss": loss})
+        recorder.step(step, 200, {"loss": loss if taken else None}, lambda: {"step": step})
     stage.metrics({"loss": loss})
     if "SLOW_END" in os.environ:
         print("trained", flush=True)
@@ -101,3 +100,20 @@ def test_a_number_that_is_none_ends_the_stage_in_a_line_that_says_where_and_what
     assert done.returncode == 2 and len(steps(place)) == 6
     assert "[sft] NumbersError: step 7 of 200: loss nan\nNothing was trained on it;" in done.stderr
     assert "params.yaml, section `sft`" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_after_it_stopped_the_rule_to_skip_lets_it_go_on_from_its_last_snapshot(place: Project) -> None:
+    def run() -> subprocess.CompletedProcess[str]:
+        told = environment(QUICK="1", BROKEN="7")
+        return subprocess.run([sys.executable, "-m", "tasks.sft"], cwd=place.root, env=told, capture_output=True, text=True)
+
+    place.set(runtime__checkpoint_steps=1)
+    stopped = run()
+    assert stopped.returncode == 2 and "runtime.skip_steps" in stopped.stderr
+    assert json.loads(snapshot(place).read_text())["step"] == 6 and not place.path("data/reports/sft/metrics.json").exists()
+    place.set(runtime__skip_steps=1)
+    done = run()
+    assert done.returncode == 0 and "continuing after step 6 " in done.stdout
+    assert "WARNING: step 7 of 200: loss nan: skipped" in done.stdout
+    assert json.loads(place.path("data/reports/sft/metrics.json").read_text()) == {"loss": 1 / 200, "skipped_steps": 1}
+    assert steps(place)[5:8] == ["6,0.166667", "7,", "8,0.125"] and len(steps(place)) == 200

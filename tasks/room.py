@@ -34,7 +34,8 @@ def check_room(stage: Stage, compute: "Compute", trained: Sequence[Any], frozen:
 
     needs = footprint([shape_of(one) for one in trained], [shape_of(one) for one in frozen], compute, samples)
     free_memory, memory = memory_of(compute)
-    free_disk = shutil.disk_usage(stage.data.parent).free
+    project = stage.data.parent
+    free_disk = shutil.disk_usage(project).free
     stage.say(
         f"needs about {size(needs.memory)} more memory ({size(free_memory)} free) and {size(needs.disk)} of disk "
         f"({size(free_disk)} free)"
@@ -47,7 +48,7 @@ def check_room(stage: Stage, compute: "Compute", trained: Sequence[Any], frozen:
     if needs.disk > free_disk:
         raise StageError(
             f"{stage.name}: the model, its copy in DVC's cache and two snapshots take {size(needs.disk)} of disk, and "
-            f"{size(free_disk)} are free at {stage.data.parent}; free some (`dvc gc --workspace` drops what no stage uses any more)"
+            f"{size(free_disk)} are free at {project}; free some (`dvc gc --workspace` drops what no stage uses any more)"
         )
     if needs.memory > free_memory:
         stage.warn("that is more memory than is free: lower compute.forward_tokens or compute.cache_tokens if it gives out")

@@ -273,7 +273,7 @@ def test_two_flows_and_a_hand_run_at_once_end_as_one_after_the_other(
     assert outputs(toy) == outputs(made)
     assert store(f"sqlite:///{toy.root / 'mlflow.db'}") == store(f"sqlite:///{made.root / 'mlflow.db'}")
     assert toy.path("data/reports/registry.json").read_bytes() == made.path("data/reports/registry.json").read_bytes()
-    assert json.loads(toy.path(".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
+    assert not json.loads(toy.path(".dvc/tmp/rwlock").read_text()).get("write")
 
 
 def test_prefects_server_that_is_killed_and_started_again(toy: Project, made: Project, prefect: Service, begin: Begin) -> None:
@@ -331,4 +331,4 @@ def test_dvc_goes_on_after_a_kill(toy: Project, begin: Begin, who: str) -> None:
     knobs(toy)
     done = run(toy, "-m", "dvc", "repro", "prepare")
     assert done.returncode == 0, done.stdout
-    assert json.loads(toy.path(".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
+    assert not json.loads(toy.path(".dvc/tmp/rwlock").read_text()).get("write")

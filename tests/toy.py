@@ -24,6 +24,8 @@ import yaml
 
 from tests.conftest import PARTS, ROOT, Project
 
+PROC = Path("/proc")
+
 WORKER = '''
 """Does what a stage of the toy does: python worker.py <stage> [<item>]."""
 import csv, hashlib, json, os, pathlib, sys, time
@@ -258,3 +260,15 @@ def runs(pid: int) -> bool:
     except OSError:
         return False
     return state not in "ZX"
+
+
+def begun_in(toy: Project) -> list[str]:
+    """Commands of living processes of a toy: those that inherited its path."""
+    found = []
+    for entry in PROC.glob("[0-9]*"):
+        try:
+            if f"PYTHONPATH={toy.root}\0".encode() in (entry / "environ").read_bytes() and runs(int(entry.name)):
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found

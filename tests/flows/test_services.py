@@ -21,10 +21,9 @@ from mlflow import MlflowClient
 from flows.command import answers
 from tests import toy as toys
 from tests.conftest import Project
-from tests.toy import empty_store, free_port, knobs, make_toy, run, runs, wait_for
+from tests.toy import empty_store, free_port, knobs, make_toy, run, wait_for
 
 pytestmark = pytest.mark.slow
-PROC = Path("/proc")
 FOLLOW = """
 import sys
 from tasks.dvcstage import read_stages, repro
@@ -274,7 +273,7 @@ def test_two_flows_and_a_hand_run_at_once_end_as_one_after_the_other(
     assert outputs(toy) == outputs(made)
     assert store(f"sqlite:///{toy.root / 'mlflow.db'}") == store(f"sqlite:///{made.root / 'mlflow.db'}")
     assert toy.path("data/reports/registry.json").read_bytes() == made.path("data/reports/registry.json").read_bytes()
-    assert json.loads(toy.path(".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
+    assert not json.loads(toy.path(".dvc/tmp/rwlock").read_text()).get("write")
 
 
 def test_prefects_server_that_is_killed_and_started_again(toy: Project, made: Project, prefect: Service, begin: Begin) -> None:
@@ -304,19 +303,7 @@ def test_prefects_server_that_stays_away(toy: Project, made: Project, prefect: S
     assert done.returncode == 0 and outputs(toy) == outputs(made)
 
 
-def begun_in(toy: Project) -> list[str]:
-    """Commands of living processes of a toy: those that inherited its path."""
-    found = []
-    for entry in PROC.glob("[0-9]*"):
-        try:
-            if f"PYTHONPATH={toy.root}\0".encode() in (entry / "environ").read_bytes() and runs(int(entry.name)):
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
-
-
-@pytest.mark.skipif(not PROC.exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not toys.PROC.exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_flow_with_a_server_of_its_own_leaves_nothing_behind(
     toy: Project, begin: Begin, sign: signal.Signals, code: int
@@ -324,10 +311,10 @@ def test_a_flow_with_a_server_of_its_own_leaves_nothing_behind(
     knobs(toy, hang=["prepare"])
     child = begin(toy, "-m", "flows.align", "--only", "prepare")
     wait_for(lambda: toy.path("hanging").exists() and toy.path("hanging").read_text(), 240)
-    assert any("uvicorn" in command for command in begun_in(toy))
+    assert any("uvicorn" in command for command in toys.begun_in(toy))
     os.kill(child.pid, sign)
     assert child.wait(120) == code, toy.path("output.txt").read_text()
-    wait_for(lambda: not begun_in(toy))
+    wait_for(lambda: not toys.begun_in(toy))
     knobs(toy)
     done = run(toy, "-m", "dvc", "repro", "prepare")
     assert done.returncode == 0, done.stdout
@@ -344,4 +331,4 @@ def test_dvc_goes_on_after_a_kill(toy: Project, begin: Begin, who: str) -> None:
     knobs(toy)
     done = run(toy, "-m", "dvc", "repro", "prepare")
     assert done.returncode == 0, done.stdout
-    assert json.loads(toy.path(".dvc/tmp/rwlock").read_text()) == {"write": {}, "read": {}}
+    assert not json.loads(toy.path(".dvc/tmp/rwlock").read_text()).get("write")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import Project, copy_project
-from tests.toy import begin, run, runs, wait_for
+from tests.toy import PROC, begin, begun_in, run, runs, wait_for
 
 # Accuracy is strength / 4: of sft its epochs less the seed. What ran is noted in $RUNS.
 WORKER = """
@@ -208,6 +208,21 @@ def test_a_study_that_is_stopped_goes_on_where_it_was(toy: Project) -> None:
     hold.unlink()
     assert study(toy, "--seeds", "2", "--runs", "main").returncode == 0
     assert experiments(toy) == ["study-main-1", "study-main-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PROC.exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_study_that_is_killed_leaves_nothing_running(toy: Project, sign: signal.Signals, code: int) -> None:
+    """Its server, its warm Python, the experiments and their stages end with it."""
+    hold, log = toy.root.parent / "runs.hold", toy.root.parent / "runs"
+    hold.touch()
+    child = begin(toy, *COMMAND, "--seeds", "1", "--runs", "main", **places(toy))
+    wait_for(lambda: log.exists() and log.read_text())
+    assert len(begun_in(toy)) > 4
+    os.kill(child.pid, sign)
+    assert child.wait(90) == code, toy.path("output.txt").read_text()
+    wait_for(lambda: not begun_in(toy))
 
 
 def test_uncommitted_code_or_params_are_refused(toy: Project) -> None:

@@ -32,7 +32,6 @@ class StageRecorder(Recorder):
         saved = load_state(self.folder / "last")
         self.rows = saved.pop("rows") if saved else []
         self.taken, self.skipped, self.skipped_in_a_row = saved.pop("counts") if saved else (0, 0, 0)
-        self.stage.skipped_steps = self.skipped
         self.stage.history.start(self.rows)
         if saved:
             self.stage.say(f"continuing after step {len(self.rows)} of an interrupted run")

@@ -1,5 +1,7 @@
 """What an evaluation scores again, and what it takes from the sampler."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from apprentice.config import Params
 from apprentice.demonstrations import demonstration
 from apprentice.evaluation import respond
 from apprentice.tokens import train_word_tokenizer
-from tasks.measuring import Measured, _sample_logps
+from tasks.measuring import Measured, _sample_logps, measure
 from tests.apprentice.toys import naive_logps, tiny_llama
 
 TOKENIZER = train_word_tokenizer([], 4, ["a", "b", "c"])
@@ -55,3 +57,11 @@ def test_samples_are_scored_by_every_model_at_temperature_1(
             wanted = torch.tensor(naive_logps(scorer.model, prompt, response))
             assert torch.allclose(values[: len(response)], wanted, atol=1e-4)
     assert (own not in (1, 2)) or torch.equal(logps["model"], logps["sft" if own == 1 else "base"])  # a KL to itself is 0
+
+
+def test_where_most_samples_are_cut_off_the_evaluation_says_so(stage_of: Any, tmp_path: Path) -> None:
+    stage = stage_of("evaluate", **{"evaluate.samples": 2, "evaluate.max_new_tokens": 1})
+    rows = [dataclasses.replace(row, meta={"verifier": None, "domain": "long"}) for row in ROWS]
+    measure(models(3), rows, ROWS, stage, CPU)
+    told = (tmp_path / ".telemetry" / "evaluate.jsonl").read_text()
+    assert "6 of 6 responses were cut off before their end; raise evaluate.max_new_tokens" in told

@@ -218,7 +218,7 @@ def test_a_study_that_is_killed_leaves_nothing_running(toy: Project, sign: signa
     hold, log = toy.root.parent / "runs.hold", toy.root.parent / "runs"
     hold.touch()
     child = begin(toy, *COMMAND, "--seeds", "1", "--runs", "main", **places(toy))
-    wait_for(lambda: log.exists() and log.read_text())
+    wait_for(lambda: log.exists() and log.read_text(), 240)
     assert len(begun_in(toy)) > 4
     os.kill(child.pid, sign)
     assert child.wait(90) == code, toy.path("output.txt").read_text()

@@ -23,6 +23,7 @@ from tests.conftest import Project, copy_project
 
 pytestmark = pytest.mark.slow
 MODELS = ["base", "sft", "sft_tuned", "srppo", "rso"]
+MEASURED = ["continued_sft", "tilt", "perstep", "crlft", "pairwise_ppo", "vectors"]  # a further model of each kind
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, s
     """The project after `python -m flows.align`, with what the command printed."""
     project = copy_project(tmp_path_factory.mktemp("whole") / "project")
     apply("smoke", project.root)
-    project.set(runtime__checkpoint_steps=1)  # makes no stage stale
+    project.set(runtime__checkpoint_steps=1, evaluate_methods__models=MEASURED)
     project.path("methods/dvc.lock").unlink(missing_ok=True)  # of another size, as the main line's
     (project.root / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
     yield project, project.run("-m", "flows.align", **own_stores(project))
@@ -134,9 +135,9 @@ def test_killed_stages_go_on_and_end_with_the_same_bytes(built: Any) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **own_stores(project), "PYTHONPATH": str(project.root), "PATH": path}
     stages = ["pretrain", "sft", "srppo", "pairs", "rso", "evaluate@srppo"]
-    records = chaos(project, 10, 0, environment, stages)
+    records = chaos(project, 8, 0, environment, stages)
     assert all(record.good for record in records), table(records, 0)
-    assert sum(record.resumed is not None for record in records) >= 8, table(records, 0)
+    assert sum(record.resumed is not None for record in records) >= 6, table(records, 0)
     assert project.path("dvc.lock").read_bytes() == lock and "up to date" in dvc(project, "status", "dvc.yaml").stdout
 
 

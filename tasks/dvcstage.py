@@ -61,11 +61,15 @@ class MachineryFailed(StageFailed):
 
 @contextmanager
 def open_repo() -> "Iterator[Repo]":
-    """The workspace's DVC repository; for one thread at a time."""
+    """The workspace's DVC repository; for one thread at a time. Raises StageError where there is no git and DVC expects it."""
     from dvc.repo import Repo
+    from dvc.scm import SCMError
 
-    with _dvc, Repo(str(ROOT)) as repo:  # not $DVC_ROOT, which is another folder inside `dvc exp run --temp`
-        yield repo
+    try:
+        with _dvc, Repo(str(ROOT)) as repo:  # not $DVC_ROOT, which is another folder inside `dvc exp run --temp`
+            yield repo
+    except SCMError as error:
+        raise StageError(f"{error}; `git init` makes one, `dvc config --local core.no_scm true` does without") from error
 
 
 def read_stages() -> list[StageInfo]:

@@ -274,6 +274,8 @@ def run(
         print(f"[{name}] {failed}", file=sys.stderr, flush=True)
         raise SystemExit(2)
     _finish(stage)
+    sys.stdout.flush()
+    os._exit(0)  # unloading torch takes a while: killed meanwhile, the finished stage would be begun anew
 
 
 def _command_line(name: str, about: str | None, items: list[str] | None) -> str | None:

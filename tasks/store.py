@@ -46,7 +46,8 @@ def told_by_store() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # theirs share no class
-        if type(error).__module__.partition(".")[0] not in ("mlflow", "requests", "sqlalchemy"):
+        theirs = type(error).__module__.partition(".")[0] in ("mlflow", "requests", "sqlalchemy")
+        if not theirs and not isinstance(error, ModuleNotFoundError):  # a database's driver is not installed
             raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise StoreError(masked(f"MLflow at {store_uri()} (MLFLOW_TRACKING_URI) failed: {reason}")) from None

@@ -115,7 +115,7 @@ def test_the_stores_address_stands_in_no_command() -> None:
 
 
 def test_a_servers_last_words_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ui, "answers", lambda url: False)
+    monkeypatch.setattr("flows.server.answers", lambda url: False)
     server = ui.mlflow_server(5000, "x", "1")
     server.lines.append(f"cannot open postgresql://ann:{PASSWORD}@host/db")
     with pytest.raises(ui.ServerError, match=r"postgresql://\*\*\*@host/db"):

@@ -178,3 +178,9 @@ def test_stopping_ends_the_stage_and_leaves_dvc_usable(toy: Project) -> None:
     knobs(toy)
     done = run(toy, "-m", "dvc", "repro", "prepare")
     assert done.returncode == 0, done.stdout
+
+
+def test_a_folder_without_git_is_told_of_in_a_line(project: Project) -> None:
+    done = project.run("-m", "tasks.ingest")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "is not a git repository; `git init` makes one, `dvc config --local core.no_scm true`" in done.stderr

@@ -313,11 +313,12 @@ def _begin(stage: Stage) -> None:
 
 
 def _finish(stage: Stage) -> None:
-    stage.finish()
+    """Say what is next by hand, and drop the unfinished work last: a stage that is killed before has it still."""
     if "DVC_STAGE" not in os.environ:
         address = address_of(stage.label)
         rest = "dvc repro" if address == stage.label else "dvc repro -P"
         stage.say(f"done. `dvc commit {address}` records it, `{rest}` brings what depends on it up to date.")
+    stage.finish()
 
 
 def rows_of(path: Path) -> Iterator[dict[str, str]]:

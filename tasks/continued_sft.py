@@ -2,7 +2,8 @@
 
 from dataclasses import asdict
 
-from tasks.stage import Stage, rows_of, run
+from tasks.history import rows_of
+from tasks.stage import Stage, run
 
 
 def main(stage: Stage) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from apprentice.demonstrations import Demonstration, digest, prompt_id
-from apprentice.rejection import any_sample, make_pairs, rejection_sample
+from apprentice.rejection import Accepted, any_sample, make_pairs, rejection_sample
 from apprentice.sections import PairsConfig
 from tasks.candidates import Candidate, scores
 from tasks.stage import StageError
@@ -24,6 +24,21 @@ def requests_of(rows: Sequence[Demonstration], tokenizer: Any, candidates: int) 
 
     encoded = encode_prompts(tokenizer, [row.prompt for row in rows])
     return [Request(ids, prompt_id(row.prompt), n) for ids, row in zip(encoded, rows, strict=True) for n in range(candidates)]
+
+
+def _counts(group: Sequence[Candidate], rewards: Sequence[float], accepted: Accepted, config: PairsConfig) -> Counter[str]:
+    """What is counted of one prompt's candidates; a reward of minus infinity is that of an unfinished one."""
+    best = max(rewards)
+    return Counter(
+        accepted=len(accepted.positions),
+        trials=accepted.trials,
+        hits=accepted.hits,
+        rounds=accepted.rounds,
+        unfinished=sum(not row["ended"] for row in group),
+        lower=sum(float("-inf") < reward < best for reward in rewards),
+        lower_hits=sum(rewards[i] < best for i in accepted.positions[: accepted.hits]),
+        short=len(accepted.positions) < config.accepted,
+    )
 
 
 def choose_pairs(
@@ -45,15 +60,8 @@ def choose_pairs(
             accepted = any_sample(rewards, config.accepted, rng)
         else:
             accepted = rejection_sample(rewards, config.accepted, config.beta, rng)
+        totals += _counts(group, rewards, accepted, config)
         top = sorted((r for r in rewards if r > float("-inf")), reverse=True)[: len(accepted.positions)]
-        totals["accepted"] += len(accepted.positions)
-        totals["trials"] += accepted.trials
-        totals["hits"] += accepted.hits
-        totals["rounds"] += accepted.rounds
-        totals["unfinished"] += sum(not row["ended"] for row in group)
-        totals["lower"] += sum(float("-inf") < r < max(rewards) for r in rewards)
-        totals["lower_hits"] += sum(rewards[i] < max(rewards) for i in accepted.positions[: accepted.hits])
-        totals["short"] += len(accepted.positions) < config.accepted
         reward += sum(rewards[i] for i in accepted.positions)
         gap += sum(top) - sum(rewards[i] for i in accepted.positions)
         for chosen, rejected in make_pairs(accepted.positions, rewards, config.pairing, rng):

@@ -7,10 +7,11 @@ from typing import Any
 
 from apprentice.config import Params
 from apprentice.demonstrations import OUT_OF_DOMAIN, read_jsonl
+from tasks.history import rows_of
 from tasks.intervals import Interval, mean_interval, paired_difference, t_interval
 from tasks.report_form import MAIN, Form
 from tasks.report_metrics import metric_of, place
-from tasks.stage import StageError, address_of, rows_of
+from tasks.stage import StageError, address_of
 
 Values = dict[str, dict[str, float]]  # "<domain>/<metric>" -> prompt id -> value
 

@@ -3,7 +3,6 @@
 A stage module is `def main(stage): read, call one core function, write` and ends with `run(__name__, main, __doc__)`.
 """
 
-import csv
 import errno
 import json
 import math
@@ -13,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
 from apprentice.finite import NumbersError
 from tasks.alone import end_with_parent, hold
+from tasks.history import History
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
@@ -78,29 +78,6 @@ def _finite(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_finite, value.values()))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-class History:
-    """`history.csv`, one row a step, flushed as it happens so that a tracker can follow; fixed header."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def start(self, rows: list[dict[str, float | None]]) -> None:
-        """Begin anew, with the rows of the steps already done (on resuming)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.unlink(missing_ok=True)
-        for row in rows:
-            self.append(row)
-
-    def append(self, row: dict[str, float | None]) -> None:
-        """Add one step."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow({key: "" if value is None else f"{value:.6g}" for key, value in row.items()})
 
 
 def address_of(label: str) -> str:
@@ -319,9 +296,3 @@ def _finish(stage: Stage) -> None:
         rest = "dvc repro" if address == stage.label else "dvc repro -P"
         stage.say(f"done. `dvc commit {address}` records it, `{rest}` brings what depends on it up to date.")
     stage.finish()
-
-
-def rows_of(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file as dicts."""
-    with path.open(newline="") as file:
-        yield from csv.DictReader(file)

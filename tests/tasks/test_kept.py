@@ -4,7 +4,6 @@ import dataclasses
 import json
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,18 +14,14 @@ from apprentice.policy import score
 from apprentice.sampling import Request, sample
 from tasks import stage as stage_module
 from tasks.kept import keeping
-from tasks.stage import Stage, read_params
+from tasks.stage import Stage
 from tests.apprentice.toys import END, SMALL, tiny_llama
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stage(stage_of: Callable[..., Stage]) -> Stage:
     """A stage whose every piece is saved as soon as it is made."""
-    params = read_params()
-    runtime = dataclasses.replace(params.runtime, checkpoint_steps=1)
-    monkeypatch.setattr(stage_module, "ROOT", tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    made = Stage("pairs", dataclasses.replace(params, runtime=runtime))
+    made = stage_of("pairs", **{"runtime.checkpoint_steps": 1})
     made.__dict__["key"] = "0123"
     return made
 

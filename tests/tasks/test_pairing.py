@@ -90,4 +90,7 @@ def test_where_rejection_accepts_the_best_alone_a_warning_says_so() -> None:
 
 
 def test_where_all_rewards_are_equal_rejection_is_not_blamed() -> None:
-    choose_pairs(candidates(*[(f"{j}", 1.0, True) for j in range(4)]), dataclasses.replace(CONFIG, beta=0.01), 0, warn)
+    said: list[str] = []
+    equal = candidates(*[(f"{j}", 1.0, True) for j in range(4)])
+    pairs, _ = choose_pairs(equal, dataclasses.replace(CONFIG, beta=0.01), 0, said.append)
+    assert len(pairs) == 1 and said == []

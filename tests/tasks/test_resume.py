@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tasks import stage as stage_module
 from tasks.resume import StageRecorder, load_state, save_state
-from tasks.stage import Stage, read_params
+from tasks.stage import Stage
 
 STATE = {
     "model": {"a.weight": torch.tensor([[1.5, -2.25]]), "b": torch.arange(3)},
@@ -57,11 +58,8 @@ def test_a_half_written_state_is_never_read(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    params = read_params()
-    monkeypatch.setattr(stage_module, "ROOT", tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    made = Stage("sft", params)
+def stage(stage_of: Callable[..., Stage]) -> Stage:
+    made = stage_of("sft")
     made.__dict__["key"] = "0123"  # without a DVC project there is none to compute
     return made
 

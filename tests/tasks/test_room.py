@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +16,9 @@ import torch
 
 from apprentice.compute import CPU
 from tasks import room
-from tasks import stage as stage_module
 from tasks.resume import load_state, save_state
 from tasks.room import check_room, size, writing
-from tasks.stage import Stage, StageError, read_params
+from tasks.stage import Stage, StageError
 from tests.apprentice.toys import tiny_llama
 from tests.conftest import Project
 
@@ -90,13 +89,8 @@ def test_a_stage_on_a_full_disk_ends_in_one_line(project: Project) -> None:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    params = read_params()
-    monkeypatch.setattr(stage_module, "ROOT", tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    made = Stage("sft", params)
-    made.reports.mkdir(parents=True)
-    return made
+def stage(stage_of: Callable[..., Stage]) -> Stage:
+    return stage_of("sft")
 
 
 CONFIG = tiny_llama(0).config

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.stage import SETTINGS, History, Stage, read_params, rows_of
+from tasks.history import History, rows_of
+from tasks.stage import SETTINGS, Stage, read_params
 from tests.conftest import Project
 from tests.imports import pipelines
 

@@ -18,7 +18,8 @@ from apprentice.demonstrations import demonstration, write_demonstrations
 from apprentice.policy import load_policy, save_policy
 from apprentice.tokens import train_word_tokenizer
 from tasks import vectors
-from tasks.stage import Stage, StageError, rows_of
+from tasks.history import rows_of
+from tasks.stage import Stage, StageError
 from tasks.vectors import choose, donors, main
 from tests.apprentice.toys import markov
 

@@ -5,15 +5,19 @@ What is done about one is the rule of `Recorder`.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 
 class NumbersError(ArithmeticError):
     """A loss, reward or gradient is not finite; the message says where, and what the figures were."""
 
 
-def all_finite(figures: Mapping[str, float | None]) -> bool:
-    """Whether no figure is NaN or infinite; None counts as not measured."""
-    return all(value is None or math.isfinite(value) for value in figures.values())
+def all_finite(figures: Mapping[str, Any]) -> bool:
+    """Whether no figure is NaN or infinite, those of nested mappings included; None counts as not measured."""
+    return all(
+        all_finite(value) if isinstance(value, Mapping) else not isinstance(value, float) or math.isfinite(value)
+        for value in figures.values()
+    )
 
 
 def listed(figures: Mapping[str, float | None]) -> str:

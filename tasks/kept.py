@@ -3,14 +3,13 @@
 The pieces of equal work are made in equal order, so a piece is known by its place in that order.
 """
 
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from apprentice.compute import Compute, Piece
-from tasks.resume import load_state, prune, resume_folder, save_state
+from tasks.resume import clear, load_state, prune, resume_folder, save_state
 from tasks.stage import Stage
 
 
@@ -30,10 +29,9 @@ class KeptPieces:
         self.count = len(self.found)
         self._saved_at = time.monotonic()
         if self.found:
-            stage.say(f"continuing after piece {len(self.found)} of an interrupted run")
-            stage.telemetry(event="resumed", resumed_at=len(self.found))
+            stage.resumed("piece", len(self.found))
         stage.stoppable = True
-        stage.at_end(lambda: shutil.rmtree(self.folder.parent, ignore_errors=True))
+        stage.at_end(lambda: clear(stage))
 
     def __call__(self, make: Callable[[], Piece]) -> Piece:
         """Raises SystemExit once the pieces are saved, where the stage was asked to stop."""

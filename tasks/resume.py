@@ -25,7 +25,7 @@ class StageRecorder(Recorder):
         self.stage, self.shown = stage, shown
         self.folder = resume_folder(stage)
         self._saved = time.monotonic()
-        stage.at_end(self.clear)
+        stage.at_end(lambda: clear(stage))
 
     def resume(self) -> State | None:
         """The last snapshot of this very work, if it was interrupted; the history is rewritten up to it."""
@@ -34,8 +34,7 @@ class StageRecorder(Recorder):
         self.taken, self.skipped, self.skipped_in_a_row = saved.pop("counts") if saved else (0, 0, 0)
         self.stage.history.start(self.rows)
         if saved:
-            self.stage.say(f"continuing after step {len(self.rows)} of an interrupted run")
-            self.stage.telemetry(event="resumed", resumed_at=len(self.rows))
+            self.stage.resumed("step", len(self.rows))
         self.stage.start_clock()
         self.stage.stoppable = True
         return saved
@@ -65,14 +64,15 @@ class StageRecorder(Recorder):
         """Print a warning and keep it in the telemetry."""
         self.stage.warn(message)
 
-    def clear(self) -> None:
-        """The stage is done: its unfinished work is no longer needed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def resume_folder(stage: Stage) -> Path:
     """Where the unfinished work of a stage stands; of other params, inputs or code elsewhere."""
     return stores_root() / ".resume" / stage.label / stage.key
+
+
+def clear(stage: Stage) -> None:
+    """The stage is done: its unfinished work is no longer needed."""
+    shutil.rmtree(resume_folder(stage), ignore_errors=True)
 
 
 def prune(stage: Stage) -> None:

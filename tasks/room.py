@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def preflight(stage: Stage, compute: "Compute", trained: Sequence[str], frozen: Sequence[str], samples: bool) -> None:
-    """The same for models of the pipeline, by name."""
+    """`check_room` for models of the pipeline, by name."""
     from transformers import AutoConfig
 
     from apprentice.policy import checkpoint_arguments

@@ -5,7 +5,6 @@ A stage module is `def main(stage): read, call one core function, write` and end
 
 import errno
 import json
-import math
 import os
 import resource
 import shutil
@@ -20,7 +19,7 @@ from typing import IO, Any
 
 from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
-from apprentice.finite import NumbersError
+from apprentice.finite import NumbersError, all_finite
 from tasks.alone import end_with_parent, hold
 from tasks.history import History
 
@@ -72,12 +71,6 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_write(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def address_of(label: str) -> str:
@@ -164,7 +157,7 @@ class Stage:
         Raises StageError for one that is not finite.
         """
         for name, value in values.items():
-            if not _finite(value):
+            if not all_finite({name: value}):
                 raise StageError(
                     f"{self.label}: the figure {name} is {value}, not a finite number: a model that this stage loads holds NaN "
                     "or infinite weights, or scores a response so; run the stage that made it again"
@@ -201,6 +194,11 @@ class Stage:
         runtime = self.params.runtime
         by_steps = runtime.checkpoint_steps is not None and done % runtime.checkpoint_steps == 0
         return by_steps or time.monotonic() - saved_at >= runtime.checkpoint_seconds
+
+    def resumed(self, unit: str, done: int) -> None:
+        """Say and note that the stage goes on after step (or piece) `done` of an interrupted run."""
+        self.say(f"continuing after {unit} {done} of an interrupted run")
+        self.telemetry(event="resumed", resumed_at=done)
 
     def saved(self, unit: str, done: int) -> None:
         """Note a snapshot after step (or piece) `done`; exit with 128 + signal where the stage was asked to stop."""

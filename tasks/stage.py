@@ -284,6 +284,8 @@ def _begin(stage: Stage) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stage.ask_to_stop)
     stage.reports.mkdir(parents=True, exist_ok=True)
+    for half_written in stage.reports.glob(".*"):  # by a run killed within atomic_write
+        half_written.unlink()
     stage.telemetry(event="started", host=os.uname().nodename, pid=os.getpid())
 
 

@@ -245,11 +245,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    """Return when the condition holds."""
+def wait_for(condition: Callable[[], object], seconds: float = 90.0, log: Path | None = None) -> None:
+    """Return when the condition holds; else fail with what the log says."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited too long"
+        assert time.monotonic() < until, f"waited too long; {log}: {log.read_text() if log else ''}"
         time.sleep(0.1)
 
 

@@ -78,13 +78,13 @@ def begun(toy: Project) -> list[int]:
 
 @pytest.mark.slow
 def test_a_stage_whose_dvc_is_killed_saves_and_ends(toy: Project) -> None:
-    child = begin(toy, "-m", "dvc", "repro", "prepare")
-    wait_for(lambda: begun(toy))
+    child, log = begin(toy, "-m", "dvc", "repro", "prepare"), toy.path("output.txt")
+    wait_for(lambda: begun(toy), log=log)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     toy_again = begin(toy, "-m", "dvc", "repro", "prepare")
-    wait_for(lambda: len(begun(toy)) == 2)
+    wait_for(lambda: len(begun(toy)) == 2, log=log)
     assert not runs(begun(toy)[0]) and toy.path("saved").exists()
     toy.path("go").touch()
-    assert toy_again.wait(120) == 0, toy.path("output.txt").read_text()
+    assert toy_again.wait(120) == 0, log.read_text()
     assert run(toy, "-m", "dvc", "status", "prepare").stdout.strip().endswith("up to date.")

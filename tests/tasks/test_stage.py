@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tasks.history import History, rows_of
+from tasks.preset import apply
 from tasks.stage import SETTINGS, Stage, read_params
 from tests.conftest import Project
 from tests.imports import pipelines
@@ -44,6 +45,16 @@ def test_bad_params_stop_a_stage_before_any_work(key: str, value: object, said: 
 def test_an_unknown_item_is_refused_with_the_known_ones(project: Project) -> None:
     done = project.run("-m", "tasks.evaluate", "nobody")
     assert done.returncode == 2 and "invalid choice: 'nobody'" in done.stderr and "srppo" in done.stderr
+
+
+def test_what_a_killed_run_wrote_in_part_goes_when_the_stage_begins_again(project: Project) -> None:
+    apply("smoke", project.root)
+    folder = project.path("data/reports/ingest")
+    folder.mkdir(parents=True)
+    (folder / ".metrics.json.k1ll3d").write_text("{")
+    done = project.run("-m", "tasks.ingest")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
 
 
 def test_history_has_one_header_and_empty_cells_for_what_was_not_measured(tmp_path: Path) -> None:

@@ -65,16 +65,25 @@ def open_repo() -> "Iterator[Repo]":
     from dvc.repo import Repo
     from dvc.scm import SCMError
 
-    try:
-        with _dvc, Repo(str(ROOT)) as repo:  # not $DVC_ROOT, which is another folder inside `dvc exp run --temp`
+    try:  # not $DVC_ROOT, which is another folder inside `dvc exp run --temp`
+        with _dvc, Repo(str(ROOT), _wait_for_lock=True) as repo:
             yield repo
     except SCMError as error:
         raise StageError(f"{error}; `git init` makes one, `dvc config --local core.no_scm true` does without") from error
 
 
+@contextmanager
+def open_locked_repo() -> "Iterator[Repo]":
+    """The same under DVC's own lock: nobody writes a dvc.lock meanwhile, which DVC does in place."""
+    from dvc.repo import lock_repo
+
+    with open_repo() as repo, lock_repo(repo):
+        yield repo
+
+
 def read_stages() -> list[StageInfo]:
     """Every stage of both pipeline files, each after what it needs."""
-    with open_repo() as repo:
+    with open_locked_repo() as repo:
         return stages_of(repo)
 
 
@@ -138,10 +147,15 @@ def _is_skip(line: str) -> bool:
 
 
 def _stage(repo: "Repo", label: str) -> "PipelineStage":
-    found = [stage for stage in repo.index.stages if getattr(stage, "name", None) == label]
-    if len(found) != 1:
-        raise StageError(f"{MAIN_LINE} and {METHODS}: expected one stage {label!r}, found {len(found)}")
-    return found[0]
+    """A stage as its pipeline file has it; dvc.lock is not read, for another DVC may be writing it just now."""
+    from dvc.dvcfile import load_file
+
+    name = METHODS if address_of(label) != label else MAIN_LINE
+    file = load_file(repo, str(ROOT / name))
+    file.lockfile_contents = {}
+    if label not in file.stages:
+        raise StageError(f"{name}: no stage {label!r}; it has " + ", ".join(file.stages))
+    return file.stages[label]
 
 
 def outputs_of(label: str) -> list[Path]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.dvcstage import key_of, open_repo, params_of, stages_of
+from tasks.dvcstage import key_of, open_locked_repo, open_repo, params_of, stages_of
 from tasks.lineage import labels_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class LockedStage:
 
 def locked_stages() -> list[LockedStage]:
     """Every stage that a dvc.lock knows, in the order of the pipeline files."""
-    with open_repo() as repo:
+    with open_locked_repo() as repo:
         labels = labels_of(stages_of(repo))
         stages = [stage for stage in repo.index.stages if getattr(stage, "cmd", None) and _recorded(stage)]
         made = {out.def_path: out.hash_info.value for stage in stages for out in stage.outs}

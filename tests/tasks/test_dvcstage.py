@@ -65,7 +65,23 @@ def test_a_stage_of_the_further_methods_is_found_by_its_name_from_anywhere(toy: 
 def test_a_name_that_neither_file_has_is_a_clear_error(toy: Project) -> None:
     code = "import json; from tasks.dvcstage import outputs_of\ntry:\n    outputs_of('nobody')\n"
     code += "except Exception as error:\n    print(json.dumps(f'{type(error).__name__}: {error}'))"
-    assert ask(toy, code) == "StageError: dvc.yaml and methods/dvc.yaml: expected one stage 'nobody', found 0"
+    stages = "prepare, words, base, sft, evaluate@base, evaluate@sft, report, register"
+    assert ask(toy, code) == f"StageError: dvc.yaml: no stage 'nobody'; it has {stages}"
+
+
+def test_a_key_needs_no_dvc_lock_which_another_dvc_may_be_writing(toy: Project) -> None:
+    assert run(toy, "-m", "dvc", "repro", "-P").returncode == 0
+    whole = ask(toy, KEYS)
+    for name in ("dvc.lock", "methods/dvc.lock"):
+        text = toy.path(name).read_text()
+        toy.path(name).write_text(text[: len(text) // 2])
+    assert ask(toy, KEYS) == whole
+
+
+def test_what_reads_dvc_lock_holds_dvcs_own_lock(toy: Project) -> None:
+    code = "import json; from tasks.dvcstage import {0}\nwith {0}() as repo:\n    print(json.dumps(repo.lock.is_locked))"
+    assert ask(toy, code.format("open_locked_repo")) is True
+    assert ask(toy, code.format("open_repo")) is False
 
 
 REPRO = """

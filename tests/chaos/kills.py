@@ -155,20 +155,20 @@ def kill_stage(victim: Victim, kills: int, rng: random.Random) -> list[Killed]:
     return [Killed(victim.label, **record, total=len(victim.points), same=same) for record in records]
 
 
-def schedule(labels: Sequence[str], kills: int, seed: int) -> Iterator[tuple[str, int, random.Random]]:
-    """Stages in a drawn order, round after round, one to three kills each, for ever."""
+def schedule(labels: Sequence[str], most: int, seed: int) -> Iterator[tuple[str, int, random.Random]]:
+    """Stages in a drawn order, round after round, one to `most` kills each, for ever."""
     rng = random.Random(f"{seed}/chaos")
     while True:
         for label in rng.sample(labels, len(labels)):
-            yield label, rng.randint(1, 3), random.Random(f"{seed}/{label}/{rng.random()}")
+            yield label, rng.randint(1, most), random.Random(f"{seed}/{label}/{rng.random()}")
 
 
 def chaos(
-    project: Project, kills: int, seed: int, environment: dict[str, str], labels: Sequence[str] | None = None
+    project: Project, kills: int, seed: int, environment: dict[str, str], labels: Sequence[str], most: int
 ) -> list[Killed]:
-    """That many kills over the stages of a built project."""
+    """That many kills over stages of a built project, at most so many of one run."""
     records: list[Killed] = []
-    for label, count, rng in schedule(labels or labels_built(project), kills, seed):
+    for label, count, rng in schedule(labels, most, seed):
         if len(records) >= kills:
             return records
         records += kill_stage(Victim(project, label, environment), min(count, kills - len(records)), rng)
@@ -221,7 +221,7 @@ def main() -> int:
     options = parser.parse_args()
     root = options.project or Path(tempfile.mkdtemp(prefix="chaos-")) / "project"
     project, environment = build(root)
-    records = chaos(project, options.kills, options.seed, environment)
+    records = chaos(project, options.kills, options.seed, environment, labels_built(project), most=3)
     RESULTS.write_text(table(records, options.seed))
     print(table(records, options.seed), f"written to {RESULTS.relative_to(ROOT)}", sep="\n")
     return 0 if all(record.good for record in records) else 1

@@ -215,13 +215,13 @@ def build(root: Path) -> tuple[Project, dict[str, str]]:
 def main() -> int:
     """Build, kill, write the table; 1 if any kill was not as undisturbed."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="how many (default 100: about half an hour)")
+    parser.add_argument("--kills", type=int, default=120, help="how many (default 120: each stage once or twice, about an hour)")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--project", type=Path, help="a folder to build in, or one built so before (default: a temporary one)")
     options = parser.parse_args()
     root = options.project or Path(tempfile.mkdtemp(prefix="chaos-")) / "project"
     project, environment = build(root)
-    records = chaos(project, options.kills, options.seed, environment, labels_built(project), most=3)
+    records = chaos(project, options.kills, options.seed, environment, labels_built(project), most=2)
     RESULTS.write_text(table(records, options.seed))
     print(table(records, options.seed), f"written to {RESULTS.relative_to(ROOT)}", sep="\n")
     return 0 if all(record.good for record in records) else 1

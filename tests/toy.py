@@ -92,7 +92,8 @@ else:
         (data / "clean").mkdir()
         (data / "clean/answers.jsonl").write_text("answers")
     (reports / "metrics.json").write_text(json.dumps({"loss": seed, "text": "left out"}))
-print(f"[{name}] done on {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
+start = "warm" if "torch" in sys.modules else "cold"
+print(f"[{name}] done on {os.environ.get('CUDA_VISIBLE_DEVICES')} from a {start} start", flush=True)
 '''
 
 

@@ -21,7 +21,9 @@ from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.server import ServerError, ensure_server
+from tasks.dvcstage import StageInfo
 from tasks.repro import PlanError, bring_up_to_date, comparison, first_table, plan, stop_all, tell
+from tasks.slots import Slots
 
 NEXT = """
 Look next at
@@ -35,6 +37,19 @@ Look next at
 def align(only: list[str] | None = None, force: bool = False, methods: bool = False) -> list[State] | State:
     """Bring the main line, with `methods` every further method too, or only the stages named, up to date."""
     stages, slots, retries = plan(only or [], methods)
+    try:
+        with slots.warm():
+            states = run_all(stages, slots, retries, force)
+    except (KeyboardInterrupt, TerminationSignal) as stop:
+        return Cancelled(message=STOPPED[getattr(stop, "signal", SIGINT)])
+    tell(states)
+    if (text := comparison(methods)) and all(state.is_completed() for state in states.values()):
+        create_markdown_artifact(text, key="comparison", description="every model, with 95% intervals")
+    return list(states.values())
+
+
+def run_all(stages: list[StageInfo], slots: Slots, retries: int, force: bool) -> dict[str, State]:
+    """Run the stages, each once those it needs are up to date; one that fails stops only what needs it."""
     futures: dict[str, PrefectFuture] = {}
     try:
         for stage in stages:
@@ -42,17 +57,10 @@ def align(only: list[str] | None = None, force: bool = False, methods: bool = Fa
             one = bring_up_to_date.with_options(name=stage.name, retries=retries)
             futures[stage.name] = one.submit(stage, slots, force, wait_for=needs)
         wait(list(futures.values()))
-    except (KeyboardInterrupt, TerminationSignal) as stop:
-        stop_all()
-        return Cancelled(message=STOPPED[getattr(stop, "signal", SIGINT)])
-    except BaseException:
+    except BaseException:  # Ctrl-C, a termination, a cancelled run
         stop_all()
         raise
-    states = {name: future.state for name, future in futures.items()}
-    tell(states)
-    if (text := comparison(methods)) and all(state.is_completed() for state in states.values()):
-        create_markdown_artifact(text, key="comparison", description="every model, with 95% intervals")
-    return list(states.values())
+    return {name: future.state for name, future in futures.items()}
 
 
 def main(only: list[str], force: bool, methods: bool) -> int:

@@ -8,12 +8,14 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from apprentice.config import Params
 from tasks.process import Stopped, stopping
+from tasks.warm import warm_python
 
 PATIENCE = 3.0  # seconds to wait for a place before saying so
 Place = dict[str, str]  # environment variables of a stage in this place
@@ -24,6 +26,7 @@ class Slots:
 
     def __init__(self, places: list[Place]) -> None:
         self.places = places
+        self._python: Place = {}
         self._free: queue.Queue[Place] = queue.Queue()
         for place in places:
             self._free.put(place)
@@ -45,9 +48,25 @@ class Slots:
                     say(f"waiting for a place: {len(self.places)} torch stage(s) at a time (runtime.parallel_stages)")
                     told = True
         try:
-            yield place
+            yield {**place, **self._python}
         finally:
             self._free.put(place)
+
+    @contextmanager
+    def warm(self) -> Iterator[None]:
+        """Let stages in places without a GPU be forked from one Python (tasks/warm.py); at its end waits for theirs.
+
+        CUDA's and Apple's libraries do not work in a process that was forked.
+        """
+        if any(self.places) or sys.platform != "linux":
+            yield
+            return
+        with warm_python() as folder:
+            self._python = {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}  # `python` of dvc.yaml
+            try:
+                yield
+            finally:
+                self._python = {}
 
 
 def slots_of(params: Params) -> Slots:

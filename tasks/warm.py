@@ -1,8 +1,9 @@
 """A Python that has torch and transformers loaded, from which many short programs are forked: loading takes seconds of each.
 
 `warm_python` starts it and gives a folder for the head of PATH, in which `python` stands for it: `python -m module ...` or
-`python file ...` runs in a process of its own with the caller's arguments, environment, folder and streams, and ends with the
-caller. Nothing of the project is loaded ahead, so each program sees the code of the folder it runs in.
+`python file ...` runs in a process of its own with the caller's arguments, environment, folder and streams, is told of Ctrl-C
+and SIGTERM as the caller is, and ends with it. Nothing of the project is loaded ahead, so each program sees the code of the
+folder it runs in. The first call has everything loaded; where none comes, nothing is.
 """
 
 import array
@@ -22,6 +23,8 @@ from typing import Any
 
 READY = "ready"
 GRACE = 20.0  # seconds that a program whose caller is gone has to end
+PARENT = 1.0  # seconds between a caller's looks at its own parent
+HANDED_ON = (signal.SIGINT, signal.SIGTERM)
 _STREAMS = 3
 
 
@@ -34,8 +37,11 @@ def warm_python() -> Iterator[Path]:
         words = (sys.executable, "-I", "-S", __file__, "call", str(place))
         (folder / "python").write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
         (folder / "python").chmod(0o755)
-        command = [sys.executable, "-I", __file__, "serve", str(place)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as server:
+        command = [sys.executable, "-I", "-u", __file__, "serve", str(place)]
+        quiet = {**os.environ, "TQDM_DISABLE": "1"}  # read when it is loaded
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet, start_new_session=True
+        ) as server:
             assert server.stdin and server.stdout
             if server.stdout.readline().decode().strip() != READY:
                 raise RuntimeError(f"the warm Python did not start; try by hand: {shlex.join(command)}")
@@ -46,11 +52,7 @@ def warm_python() -> Iterator[Path]:
 
 
 def serve(place: str) -> None:
-    """Load what is slow, then fork a process for each call until standard input is closed."""
-    import dvc.repo  # noqa: F401
-    import torch  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedModel  # noqa: F401
-
+    """Fork a process for each call, what is slow being loaded before the first, until standard input is closed."""
     attending: list[int] = []  # processes that attend to a call
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
@@ -61,6 +63,7 @@ def serve(place: str) -> None:
             if sys.stdin in ready:
                 break
             connection, _ = listener.accept()
+            _load()
             attending = [process for process in attending if os.waitpid(process, os.WNOHANG) == (0, 0)]
             attending.append(os.fork())
             if attending[-1] == 0:
@@ -71,8 +74,14 @@ def serve(place: str) -> None:
         os.waitpid(process, 0)
 
 
+def _load() -> None:
+    import dvc.repo  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedModel  # noqa: F401
+
+
 def _attend(connection: socket.socket) -> int:
-    """Run one call in a process of its own and tell its exit code; end it when the caller is gone."""
+    """Run one call in a process of its own, hand on signals, and tell its exit code; end it when the caller is gone."""
     size = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
     first, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(_STREAMS * array.array("i").itemsize))
     streams = array.array("i", ancillary[0][2])
@@ -86,8 +95,11 @@ def _attend(connection: socket.socket) -> int:
     os.close(running)
     for stream in streams:
         os.close(stream)
-    if connection in select.select([connection, ended], [], [])[0]:
-        _end(program, ended)
+    while ended not in select.select([connection, ended], [], [])[0]:
+        if not (sign := connection.recv(1)):
+            _end(program, ended)
+            break
+        os.kill(program, sign[0])
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
     try:
         connection.sendall(code.to_bytes(4, "big", signed=True))
@@ -123,17 +135,25 @@ def _become(call: dict[str, Any], streams: "array.array[int]") -> None:
 
 
 def call(place: str, words: list[str]) -> int:
-    """Have `-m module ...` or `file ...` run by the warm Python; returns its exit code."""
+    """Have `-m module ...` or `file ...` run by the warm Python; returns its exit code.
+
+    Ctrl-C and SIGTERM go to the program, which may save before it ends.
+    """
     if not words or (words[0].startswith("-") and words[0] != "-m"):
         sys.exit(f"the warm Python runs `-m module ...` or `file ...`, got {shlex.join(words)!r}")
     about = {"folder": os.getcwd(), "environment": dict(os.environ), "words": words}
-    message = json.dumps(about).encode()
+    message, parent = json.dumps(about).encode(), os.getppid()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(place)
         connection.sendall(len(message).to_bytes(8, "big"))
         streams = array.array("i", range(_STREAMS))
         connection.sendmsg([message[:1]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
         connection.sendall(message[1:])
+        for sign in HANDED_ON:
+            signal.signal(sign, lambda number, _: connection.sendall(bytes([number])))
+        while not select.select([connection], [], [], PARENT)[0]:
+            if os.getppid() != parent:
+                return 1  # and the program ends with this
         reply = connection.recv(4, socket.MSG_WAITALL)
     if len(reply) < 4:
         sys.exit(f"the warm Python ended while this ran: {shlex.join(words)}")

@@ -49,6 +49,7 @@ knobs = json.loads(pathlib.Path("knobs.json").read_text())
 if name in knobs.get("fail", []):
     print("ERROR: the stage cannot", flush=True)
     raise SystemExit(3)
+print(f"[{name}] from a {'warm' if 'torch' in sys.modules else 'cold'} start", flush=True)
 data, reports = pathlib.Path("data"), pathlib.Path("data/reports") / name / item
 reports.mkdir(parents=True, exist_ok=True)
 seed = int(hashlib.md5((name + item + pathlib.Path("salt").read_text()).encode()).hexdigest()[:4], 16)

@@ -74,7 +74,7 @@ def test_the_whole_pipeline_then_all_cached(toy: Project, server: str) -> None:
     (artifact,) = ask_server(server, "artifacts", flow_runs={"id": {"any_": [first["id"]]}})
     assert artifact["key"] == "comparison" and artifact["data"] == toy.path("data/reports/report.md").read_text()
     logs = [log["message"] for log in ask_server(server, "logs", logs={"flow_run_id": {"any_": [first["id"]]}})]
-    assert "[sft] done on None" in logs
+    assert "[sft] done on None" in logs and "[sft] from a warm start" in logs and "[prepare] from a cold start" in logs
     assert run(toy, "-m", "dvc", "status", "dvc.yaml").stdout.strip().endswith("up to date.")
     assert not toy.path("methods/dvc.lock").exists()
     check_the_chart_was_live(toy, "sft")

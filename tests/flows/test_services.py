@@ -304,19 +304,20 @@ def test_prefects_server_that_stays_away(toy: Project, made: Project, prefect: S
 
 
 @pytest.mark.skipif(not toys.PROC.exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("stage", ["prepare", "base"])  # base is forked from a warm Python, another child of the flow
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_flow_with_a_server_of_its_own_leaves_nothing_behind(
-    toy: Project, begin: Begin, sign: signal.Signals, code: int
+    toy: Project, begin: Begin, stage: str, sign: signal.Signals, code: int
 ) -> None:
-    knobs(toy, hang=["prepare"])
-    child = begin(toy, "-m", "flows.align", "--only", "prepare")
+    knobs(toy, hang=[stage])
+    child = begin(toy, "-m", "flows.align", "--only", "prepare", "base")
     wait_for(lambda: toy.path("hanging").exists() and toy.path("hanging").read_text(), 240)
     assert any("uvicorn" in command for command in toys.begun_in(toy))
     os.kill(child.pid, sign)
     assert child.wait(120) == code, toy.path("output.txt").read_text()
     wait_for(lambda: not toys.begun_in(toy))
     knobs(toy)
-    done = run(toy, "-m", "dvc", "repro", "prepare")
+    done = run(toy, "-m", "dvc", "repro", stage)
     assert done.returncode == 0, done.stdout
 
 

@@ -1,7 +1,9 @@
 """Places for torch stages."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,43 @@ def test_a_torch_stage_waits_until_a_place_is_free_and_others_do_not(monkeypatch
     assert entered.wait(5)
     assert "waiting for a place" in said[0]
     thread.join()
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes of the warm Python, a stand-in whose folder is /warm."""
+    happened: list[str] = []
+
+    @contextmanager
+    def stand_in() -> Iterator[Path]:
+        happened.append("started")
+        yield Path("/warm")
+        happened.append("ended")
+
+    monkeypatch.setattr(slots, "warm_python", stand_in)
+    monkeypatch.setattr(slots.sys, "platform", "linux")
+    monkeypatch.setenv("PATH", "/bin")
+    return happened
+
+
+def test_torch_stages_are_forked_from_a_warm_python_and_others_are_not(warm: list[str]) -> None:
+    one = slots.Slots([{}])
+    with one.warm():
+        with one.take(True, print) as place, one.take(False, print) as none:
+            assert place == {"PATH": "/warm:/bin"} and none == {}
+        assert warm == ["started"]
+    with one.take(True, print) as place:
+        assert place == {} and warm == ["started", "ended"]
+
+
+@pytest.mark.parametrize(("places", "platform"), [([{"CUDA_VISIBLE_DEVICES": "0"}], "linux"), ([{}], "darwin")])
+def test_none_is_forked_where_a_gpu_is_or_may_be(
+    warm: list[str], monkeypatch: pytest.MonkeyPatch, places: list[slots.Place], platform: str
+) -> None:
+    monkeypatch.setattr(slots.sys, "platform", platform)
+    some = slots.Slots(places)
+    with some.warm(), some.take(True, print) as place:
+        assert place == places[0] and warm == []
 
 
 def test_waiting_ends_when_everything_is_stopped() -> None:

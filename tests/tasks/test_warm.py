@@ -1,6 +1,7 @@
 """Programs forked from the warm Python: they run as if started anew, and end with their callers."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -64,6 +65,53 @@ def test_the_exit_code_is_the_programs(python: Path, tmp_path: Path, line: str, 
     )
 
 
+SAVING = """import os, signal, sys, time
+def save(number, _):
+    print("saving", number, flush=True)
+    if number == signal.SIGTERM:
+        sys.exit(143)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
+print(os.getpid(), flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+def test_a_program_is_told_what_its_caller_is_told_and_may_save_first(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "save.py").write_text(SAVING)
+    caller = subprocess.Popen(command(python, "-m", "save"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert caller.stdout
+    program = int(caller.stdout.readline())
+    for sign in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        assert runs(program) and caller.poll() is None
+        caller.send_signal(sign)
+        assert caller.stdout.readline() == b"saving %d\n" % sign
+    assert caller.wait(20) == 143 and not runs(program) and caller.stdout.read() == b""
+
+
+def test_a_program_ends_when_the_parent_of_its_caller_is_killed(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "wait.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(300)")
+    words = f"import subprocess; subprocess.run({command(python, '-m', 'wait')!r})"
+    parent = subprocess.Popen([sys.executable, "-c", words], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert parent.stdout
+    program = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not runs(program))
+
+
+def test_nothing_is_loaded_where_no_program_comes() -> None:
+    def used() -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
+    before = used()
+    with warm_python():
+        pass
+    assert used() - before < 1.0  # torch alone takes more
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_program_ends_with_its_caller(python: Path, tmp_path: Path, sign: signal.Signals) -> None:
     (tmp_path / "wait.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(300)")
@@ -72,7 +120,7 @@ def test_a_program_ends_with_its_caller(python: Path, tmp_path: Path, sign: sign
     program = int(caller.stdout.readline())
     assert runs(program)
     caller.send_signal(sign)
-    caller.wait(10)
+    caller.wait(60)
     wait_for(lambda: not runs(program))
 
 

@@ -1,8 +1,8 @@
 """What work on models takes of memory and disk, from their configurations alone: estimated before anything is loaded.
 
 Weights, gradients and Adam's two moments are float32 here, 16 bytes a trained parameter and 4 a frozen one; with LoRA adapters
-alone are trained, and what they stand on is frozen and counted once. Activations follow Korthikanti et al. (2205.05198, eq. 2: 34 bytes a token, unit of width and layer at 2 bytes a number) without the attention
-term, which fused attention does not store.
+alone are trained, and what they stand on is frozen and counted once. Activations follow Korthikanti et al. (2205.05198, eq. 2:
+34 bytes a token, unit of width and layer at 2 bytes a number) without the attention term, which fused attention does not store.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ TRAINED, FROZEN, SNAPSHOT = 16, 4, 12  # bytes a parameter: in memory, in memory
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimates need of a model. parameters: tied ones once, of an adapter its own. cache_width: numbers that the cache
-    of a layer has a token. trunk: parameters that an adapter is merged into when it is written."""
+    """What the estimates need of a model. parameters: tied ones once, of an adapter its own. cache_width: numbers that the
+    cache of a layer has a token. trunk: parameters that an adapter is merged into when it is written."""
 
     parameters: int
     layers: int

@@ -1,7 +1,7 @@
 """LoRA (2106.09685): several models as adapters on one frozen trunk, so that it is in memory once.
 
-A `Role` is one of them, and does what a model does: it is called, sampled from, trained, frozen, saved. A deep copy of a role is
-a new adapter on the same trunk that starts as the old one. `peft` adds and merges the adapters, and is imported only here.
+A `Role` is one of them, and does what a model does: it is called, sampled from, trained, frozen, saved. A deep copy of a role
+is a new adapter on the same trunk that starts as the old one. `peft` adds and merges the adapters, and is imported only here.
 """
 
 import json

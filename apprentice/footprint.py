@@ -1,8 +1,8 @@
 """What work on models takes of memory and disk, from their configurations alone: estimated before anything is loaded.
 
-Weights, gradients and Adam's two moments are float32 here, 16 bytes a trained parameter and 4 a frozen one. Activations follow
-Korthikanti et al. (2205.05198, eq. 2: 34 bytes a token, unit of width and layer at 2 bytes a number) without the attention
-term, which fused attention does not store.
+Weights, gradients and Adam's two moments are float32 here, 16 bytes a trained parameter and 4 a frozen one; with LoRA adapters
+alone are trained, and what they stand on is frozen and counted once. Activations follow Korthikanti et al. (2205.05198, eq. 2:
+34 bytes a token, unit of width and layer at 2 bytes a number) without the attention term, which fused attention does not store.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,15 @@ TRAINED, FROZEN, SNAPSHOT = 16, 4, 12  # bytes a parameter: in memory, in memory
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimates need of a model. parameters: tied ones once. cache_width: numbers that a layer's cache has a token."""
+    """What the estimates need of a model. parameters: tied ones once, of an adapter its own. cache_width: numbers that the
+    cache of a layer has a token. trunk: parameters that an adapter is merged into when it is written."""
 
     parameters: int
     layers: int
     width: int
     vocabulary: int
     cache_width: int
+    trunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def footprint(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Comput
     passes = max(_pass(shape, compute, bool(trained)) for shape in [*trained, *frozen])
     numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
     cache = numbers * compute.dtype.itemsize if samples else 0
-    disk = 2 * FROZEN * max((shape.parameters for shape in trained), default=0) + 2 * SNAPSHOT * own
+    disk = 2 * FROZEN * max((shape.parameters + shape.trunk for shape in trained), default=0) + 2 * SNAPSHOT * own
     return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, disk)
 
 

@@ -111,7 +111,7 @@ def try_out(*folders: Path) -> None:
 
 def _check_links(folder: Path) -> None:
     """Refuse links that leave the folder: what they point to would be read, and copied beside new weights."""
-    for path in [*folder.iterdir(), *folder.glob("*/*.jinja")]:
+    for path in [*folder.iterdir(), *folder.glob("*/*.jinja"), *folder.glob("adapter/*")]:
         if path.is_symlink():
             target = path.resolve()
             if not target.is_relative_to(folder.resolve()) and not STORED.search(target.as_posix()):

@@ -18,6 +18,15 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters in place of whole models, in every stage that trains from a checkpoint; rank 0 trains all weights."""
+
+    rank: CountOrZero
+    alpha: Positive
+    targets: str
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """What never changes a result: no stage depends on it. `skip_steps` decides whether a broken run has one, never which."""
 
@@ -248,6 +257,7 @@ class MainSections:
 
     seed: CountOrZero
     compute: ComputeConfig
+    lora: LoRAConfig
     runtime: RuntimeConfig
     ingest: IngestConfig
     tokenizer: TokenizerConfig

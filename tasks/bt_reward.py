@@ -6,16 +6,16 @@ from tasks.stage import Stage, run
 def main(stage: Stage) -> None:
     """Write data/models/bt_reward, its history and metrics."""
     from apprentice.reward_model import encode_pairs, new_reward_model, train_reward_model
-    from tasks.checkpoints import compute_of, model_folder, save_model, tokenizer_of
+    from tasks.checkpoints import compute_of, save_model, tokenizer_of
     from tasks.kept import keeping
     from tasks.ranking import ranked_pairs
     from tasks.resume import StageRecorder
-    from tasks.room import preflight
+    from tasks.roles import model_to_train, preflight
 
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
     preflight(stage, compute, ["sft"], [], samples=True)
     pairs = ranked_pairs(stage, tokenizer, keeping(stage, compute))
-    model = new_reward_model(model_folder(stage, "sft"), compute)
+    model = model_to_train(stage, "sft", compute, new_reward_model, heads=["score"])
     stage.say(f"{len(pairs)} pairs")
     chosen, rejected = encode_pairs(tokenizer, pairs)
     trained = train_reward_model(

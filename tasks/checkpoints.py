@@ -35,7 +35,7 @@ def model_folder(stage: Stage, name: str) -> Path:
 
 
 @contextmanager
-def _refused_in_a_line() -> Iterator[None]:
+def refused_in_a_line() -> Iterator[None]:
     """A folder that is refused stops the stage with the reason alone."""
     try:
         yield
@@ -45,13 +45,13 @@ def _refused_in_a_line() -> Iterator[None]:
 
 def tokenizer_of(stage: Stage, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
-    with _refused_in_a_line():
+    with refused_in_a_line():
         return load_tokenizer(model_folder(stage, name))
 
 
 def policy_of(stage: Stage, name: str, compute: Compute) -> PreTrainedModel:
     """A model of the pipeline, to train."""
-    with _refused_in_a_line():
+    with refused_in_a_line():
         return load_policy(model_folder(stage, name), compute)
 
 
@@ -95,9 +95,9 @@ def save_model(
             f"{broken[0]}; the last snapshot stays under .resume/. Lower the learning rate (section `{stage.name}`)"
         )
     folder = model_folder(stage, name)
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    with writing(folder, needed, "the last snapshot stays"):
-        save_policy(model, tokenizer, folder, _card(stage, name, parents, stage.counted(metrics)))
+    settings = {**asdict(stage.config), **getattr(model, "settings", {})}
+    with writing(folder, model.get_memory_footprint(), "the last snapshot stays"):
+        save_policy(model, tokenizer, folder, _card(stage, name, parents, settings, stage.counted(metrics)))
     stage.say(f"wrote {folder.relative_to(stage.data.parent)}")
 
 
@@ -110,15 +110,14 @@ def lineage(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _card(stage: Stage, name: str, parents: Sequence[str], metrics: dict[str, Any]) -> str:
+def _card(stage: Stage, name: str, parents: Sequence[str], settings: dict[str, Any], metrics: dict[str, Any]) -> str:
     origin = "".join(f"- `{parent}` {lineage(model_folder(stage, parent))}\n" for parent in parents)
     origin = origin or "- nothing: trained from scratch\n"
-    settings = json.dumps(asdict(stage.config), indent=2)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [apprentice, {stage.name}]\n---\n\n"
         f"# {name}\n\nMade by the stage `{stage.name}` of Apprentice from demonstrations, seed {stage.params.seed}.\n\n"
         f"## Made from\n\n{origin}\n"
-        f"## Settings\n\n```json\n{settings}\n```\n\n"
-        f"Settings hash: {digest(asdict(stage.config))}\n\n"
+        f"## Settings\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
+        f"Settings hash: {digest(settings)}\n\n"
         f"## Figures\n\n```json\n{json.dumps(metrics, indent=2)}\n```\n"
     )

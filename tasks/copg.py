@@ -7,15 +7,14 @@ def main(stage: Stage) -> None:
     """Write data/models/copg, its history and metrics."""
     from apprentice.copg import optimise_contrast, with_rewards
     from apprentice.demonstrations import demonstration
-    from apprentice.policy import freeze
     from tasks.candidates import prompt_groups
-    from tasks.checkpoints import batch_of, compute_of, policy_of, save_model, tokenizer_of
+    from tasks.checkpoints import batch_of, compute_of, save_model, tokenizer_of
     from tasks.resume import StageRecorder
-    from tasks.room import preflight
+    from tasks.roles import preflight, roles_of
 
     compute, config = compute_of(stage), stage.config
     preflight(stage, compute, ["sft"], ["sft"], samples=False)
-    tokenizer, policy = tokenizer_of(stage, "sft"), policy_of(stage, "sft", compute)
+    tokenizer, (policy, scorers) = tokenizer_of(stage, "sft"), roles_of(stage, "sft", ["sft"], compute)
     size = config.group
     rows = []
     for group in prompt_groups(stage, config.candidates):
@@ -28,7 +27,7 @@ def main(stage: Stage) -> None:
     stage.say(f"{len(rewards)} groups of {size} candidates, beta {config.beta}, {config.epochs} epochs")
     result = optimise_contrast(
         policy,
-        with_rewards(freeze(policy_of(stage, "sft", compute)), batch, rewards, compute),
+        with_rewards(scorers["sft"], batch, rewards, compute),
         config,
         seed=f"{stage.params.seed}/copg",
         compute=compute,

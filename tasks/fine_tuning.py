@@ -33,16 +33,17 @@ def fine_tune_on(
     """The same on a batch, with optional [N, T] weights; the tokenizer is saved with the model, `figures` with its metrics."""
     from apprentice.policy import freeze
     from apprentice.sft import HeldOut, fine_tune
-    from tasks.checkpoints import batch_of, policy_of, save_model, table
+    from tasks.checkpoints import batch_of, save_model, table
     from tasks.resume import StageRecorder
-    from tasks.room import preflight
+    from tasks.roles import preflight, roles_of
 
     config = config or stage.config
     gated = bool(getattr(config, "gate_prompts", 0))
-    preflight(stage, compute, [init], ["base"] if gated else [], samples=gated)
-    model, validation = policy_of(stage, init, compute), table(stage, "validation")
+    names = ["base"] if gated else []
+    preflight(stage, compute, [init], names, samples=gated)
+    (model, scorers), validation = roles_of(stage, init, names, compute), table(stage, "validation")
     stage.say(f"{len(train.ids)} rows, {len(validation)} held out, {config.epochs} epochs, from {init}")
-    shares = _gate(stage, model, validation, tokenizer, compute) if gated else None
+    shares = _gate(stage, model, scorers["base"], validation, tokenizer, compute) if gated else None
     by_gate = _mean_of(shares) if shares and config.select == "gate" else None
     result = fine_tune(
         model,
@@ -65,15 +66,14 @@ def fine_tune_on(
 
 
 def _gate(
-    stage: Stage, model: Any, validation: Sequence[Demonstration], tokenizer: Any, compute: Any
+    stage: Stage, model: Any, base: Any, validation: Sequence[Demonstration], tokenizer: Any, compute: Any
 ) -> Callable[[], list[float]]:
     """The label-free gate for the model as it is when called."""
     from apprentice.sft import GateQuestions, gate
-    from tasks.checkpoints import batch_of, prompt_keys, scorers_of
+    from tasks.checkpoints import batch_of, prompt_keys
 
     held_out = validation[: stage.config.gate_prompts]
     batch = batch_of(tokenizer, held_out, compute)
-    base = scorers_of(stage, ["base"], compute)["base"]
     questions = GateQuestions(
         batch,
         prompt_keys(held_out),

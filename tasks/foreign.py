@@ -15,6 +15,7 @@ def main(stage: Stage) -> None:
     from tasks.checkpoints import batch_of, compute_of, save_model, table, tokenizer_of
     from tasks.corpus import documents
     from tasks.resume import StageRecorder
+    from tasks.roles import adapted
 
     compute, tokenizer, seed = compute_of(stage), tokenizer_of(stage, "tokenizer"), stage.params.seed + OTHER
     config = replace(stage.params.pretrain, steps=stage.config.steps)
@@ -25,6 +26,7 @@ def main(stage: Stage) -> None:
     losses = [row["loss"] for row in recorder.rows if row["loss"] is not None]
     metrics = {"base_loss": round(losses[-1], 6)}
     save_model(stage, "foreign_base", model, tokenizer, [], metrics)
+    model = adapted(stage, model, "foreign_base")
     train, held_out = (batch_of(tokenizer, table(stage, name), compute) for name in ("demonstrations", "validation"))
     tuning = Recorder(stage.params.runtime.skip_steps)
     result = fine_tune(model, train, HeldOut(held_out), stage.config, seed=f"{seed}/sft", compute=compute, recorder=tuning)

@@ -8,15 +8,15 @@ def main(stage: Stage) -> None:
     from collections import Counter
 
     from apprentice.judge import Judge, train_judge
-    from tasks.checkpoints import compute_of, policy_of, save_model, tokenizer_of
+    from tasks.checkpoints import compute_of, save_model, tokenizer_of
     from tasks.kept import keeping
     from tasks.ranking import ranked_pairs, room
     from tasks.resume import StageRecorder
-    from tasks.room import preflight
+    from tasks.roles import preflight, roles_of
 
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
     preflight(stage, compute, ["sft"], [], samples=True)
-    pairs, model = ranked_pairs(stage, tokenizer, keeping(stage, compute)), policy_of(stage, "sft", compute)
+    pairs, (model, _) = ranked_pairs(stage, tokenizer, keeping(stage, compute)), roles_of(stage, "sft", [], compute)
     stage.say(f"{len(pairs)} pairs, each in both orders: {dict(Counter(pair.source for pair in pairs))}")
     judge = Judge(model, tokenizer, room(model), compute)
     recorder = StageRecorder(stage, "loss", "accuracy", "flip_rate")

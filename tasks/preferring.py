@@ -21,18 +21,17 @@ def prefer_stage(stage: Stage, rows: Sequence[dict[str, Any]], figures: dict[str
 
 def prefer(stage: Stage, chosen: Any, rejected: Any, compute: Any, figures: dict[str, Any] | None = None) -> None:
     """The same on two batches, row by row of one prompt."""
-    from apprentice.policy import freeze
     from apprentice.preference import optimise_preferences, with_reference
-    from tasks.checkpoints import policy_of, save_model, tokenizer_of
+    from tasks.checkpoints import save_model, tokenizer_of
     from tasks.resume import StageRecorder
-    from tasks.room import preflight
+    from tasks.roles import preflight, roles_of
 
     preflight(stage, compute, ["sft"], ["sft"], samples=False)
-    policy = policy_of(stage, "sft", compute)
+    policy, scorers = roles_of(stage, "sft", ["sft"], compute)
     stage.say(f"{len(chosen.ids)} pairs, loss {stage.config.loss}, {stage.config.epochs} epochs")
     result = optimise_preferences(
         policy,
-        with_reference(freeze(policy_of(stage, "sft", compute)), chosen, rejected, compute),
+        with_reference(scorers["sft"], chosen, rejected, compute),
         stage.config,
         seed=f"{stage.params.seed}/rso",
         compute=compute,

@@ -10,19 +10,25 @@ from tasks.stage import FULL, Stage, StageError
 
 if TYPE_CHECKING:
     from apprentice.compute import Compute
+    from apprentice.footprint import Shape
 
 
 def preflight(stage: Stage, compute: "Compute", trained: Sequence[str], frozen: Sequence[str], samples: bool) -> None:
     """`check_room` for models of the pipeline, by name."""
+    names = dict.fromkeys(frozen)
+    check_room(
+        stage, compute, [config_of(stage, name) for name in trained], [config_of(stage, name) for name in names], samples
+    )
+
+
+def config_of(stage: Stage, name: str) -> Any:
+    """The configuration of a model of the pipeline."""
     from transformers import AutoConfig
 
     from apprentice.policy import checkpoint_arguments
     from tasks.checkpoints import model_folder
 
-    def config(name: str) -> Any:
-        return AutoConfig.from_pretrained(**checkpoint_arguments(model_folder(stage, name)), trust_remote_code=False)
-
-    check_room(stage, compute, [config(name) for name in trained], [config(name) for name in dict.fromkeys(frozen)], samples)
+    return AutoConfig.from_pretrained(**checkpoint_arguments(model_folder(stage, name)), trust_remote_code=False)
 
 
 def check_room(stage: Stage, compute: "Compute", trained: Sequence[Any], frozen: Sequence[Any], samples: bool) -> None:
@@ -30,9 +36,18 @@ def check_room(stage: Stage, compute: "Compute", trained: Sequence[Any], frozen:
 
     Raises StageError where the models alone are larger than the memory, or what is to be written larger than the free disk.
     """
-    from apprentice.footprint import footprint, shape_of
+    from apprentice.footprint import shape_of
 
-    needs = footprint([shape_of(one) for one in trained], [shape_of(one) for one in frozen], compute, samples)
+    check_shapes(stage, compute, [shape_of(one) for one in trained], [shape_of(one) for one in frozen], samples)
+
+
+def check_shapes(
+    stage: Stage, compute: "Compute", trained: "Sequence[Shape]", frozen: "Sequence[Shape]", samples: bool
+) -> None:
+    """The same for shapes of models and adapters."""
+    from apprentice.footprint import footprint
+
+    needs = footprint(trained, frozen, compute, samples)
     free_memory, memory = memory_of(compute)
     project = stage.data.parent
     free_disk = shutil.disk_usage(project).free
@@ -43,7 +58,7 @@ def check_room(stage: Stage, compute: "Compute", trained: Sequence[Any], frozen:
     if needs.certain > memory:
         raise StageError(
             f"{stage.name}: weights, gradients and optimizer take {size(needs.certain)}, and {compute.device} has "
-            f"{size(memory)} of memory in all; take a smaller checkpoint or a larger machine"
+            f"{size(memory)} of memory in all; take a smaller checkpoint, adapters (lora.rank) or a larger machine"
         )
     if needs.disk > free_disk:
         raise StageError(

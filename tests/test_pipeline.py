@@ -91,7 +91,7 @@ def test_one_name_in_five_places(name: str) -> None:
 
 
 def test_every_section_and_every_stage_module_is_a_stage() -> None:
-    assert set(raw_params()) - {"seed", "compute", "runtime"} - MERGED == set(stages()) - set(SETTINGS)
+    assert set(raw_params()) - {"seed", "compute", "lora", "runtime"} - MERGED == set(stages()) - set(SETTINGS)
     modules = {path[6:-3] for path in sources("tasks") if "\nrun(__name__, main" in (ROOT / path).read_text()}
     assert modules == set(stages())
 
@@ -163,6 +163,13 @@ def test_a_stage_depends_on_its_params_and_on_no_runtime(name: str) -> None:
     assert section in depended and "runtime" not in depended
     if stages()[name].get("meta", {}).get("torch"):
         assert {"seed", "compute"} <= depended
+
+
+@EVERY
+def test_a_stage_that_trains_from_a_checkpoint_depends_on_lora_and_on_the_trunk(name: str) -> None:
+    stage, trains = stages()[name], "tasks/roles.py" in closure(f"tasks/{name}.py")
+    assert ("lora" in stage["params"]) == trains
+    assert not trains or "data/models/base" in stage["deps"] or "data/models/foreign_base" in outputs(stage)
 
 
 @EVERY

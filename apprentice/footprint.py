@@ -2,7 +2,8 @@
 
 Weights, gradients and Adam's two moments are float32 here, 16 bytes a trained parameter and 4 a frozen one. Activations follow
 Korthikanti et al. (2205.05198, eq. 2: 34 bytes a token, unit of width and layer at 2 bytes a number) without the attention
-term, which fused attention does not store.
+term, which fused attention does not store. With gradient checkpointing all of that is kept of one layer at a time, and of
+the others their input in float32.
 """
 
 from collections.abc import Sequence
@@ -62,5 +63,7 @@ def footprint(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Comput
 def _pass(shape: Shape, compute: Compute, training: bool) -> int:
     """Bytes of one forward pass: logits in float32 and their log-softmax, and with gradients what the way back needs."""
     logits = compute.forward_tokens * shape.vocabulary * 4 * (3 if training else 2)
-    activations = 17 * compute.dtype.itemsize * compute.forward_tokens * shape.width * (shape.layers if training else 1)
-    return logits + activations
+    layer = 17 * compute.dtype.itemsize * compute.forward_tokens * shape.width
+    if training and compute.gradient_checkpointing:
+        return logits + layer + 4 * compute.forward_tokens * shape.width * shape.layers
+    return logits + layer * (shape.layers if training else 1)

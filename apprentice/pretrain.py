@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
+from apprentice.layers import set_layers
 from apprentice.losses import next_token_loss
 from apprentice.masking import length_mask
 from apprentice.optimise import Optimiser, flat_then_decay
@@ -51,7 +52,7 @@ def pretrain(
     recorder: Recorder,
 ) -> None:
     """Train `model` in place on all tokens of documents drawn from `documents`. Rows: loss, learning_rate, tokens."""
-    model.to(compute.device)
+    set_layers(model.to(compute.device), compute)
     optimiser = Optimiser(
         model.parameters(),
         config.learning_rate,

@@ -30,12 +30,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. certain: of the models themselves. memory: with passes, cache and the copy that a snapshot takes. disk: outputs,
-    once more in DVC's cache, and two snapshots, the previous one staying until the new one is whole."""
+    """Bytes. certain: of the models themselves. memory: with passes, cache and the copy that a snapshot takes. outputs: what
+    is written, and once more in DVC's cache. snapshots: two, the previous one staying until the new one is whole."""
 
     certain: int
     memory: int
-    disk: int
+    outputs: int
+    snapshots: int
+
+    @property
+    def disk(self) -> int:
+        """What has to be free on the disk."""
+        return self.outputs + self.snapshots
 
 
 def shape_of(config: PretrainedConfig) -> Shape:
@@ -56,8 +62,8 @@ def footprint(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Comput
     passes = max(_pass(shape, compute, bool(trained)) for shape in [*trained, *frozen])
     numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
     cache = numbers * compute.dtype.itemsize if samples else 0
-    disk = 2 * FROZEN * max((shape.parameters for shape in trained), default=0) + 2 * SNAPSHOT * own
-    return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, disk)
+    outputs = 2 * FROZEN * max((shape.parameters for shape in trained), default=0)
+    return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, outputs, 2 * SNAPSHOT * own)
 
 
 def _pass(shape: Shape, compute: Compute, training: bool) -> int:

@@ -42,7 +42,7 @@ def _recompute(model: PreTrainedModel) -> None:
 
 
 @cache
-def _recomputed(kind: type[GradientCheckpointingLayer]) -> type[GradientCheckpointingLayer]:
+def _recomputed(kind: Any) -> Any:
     """The same layer, its forward pass done again on the way back; a class and no wrapper, so that copies are whole."""
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:

@@ -34,12 +34,13 @@ def fine_tune_on(
     from apprentice.policy import freeze
     from apprentice.sft import HeldOut, fine_tune
     from tasks.checkpoints import batch_of, policy_of, save_model, table
+    from tasks.needs import fine_tuned
     from tasks.resume import StageRecorder
     from tasks.room import preflight
 
     config = config or stage.config
     gated = bool(getattr(config, "gate_prompts", 0))
-    preflight(stage, compute, [init], ["base"] if gated else [], samples=gated)
+    preflight(stage, compute, *fine_tuned(config, init))
     model, validation = policy_of(stage, init, compute), table(stage, "validation")
     stage.say(f"{len(train.ids)} rows, {len(validation)} held out, {config.epochs} epochs, from {init}")
     shares = _gate(stage, model, validation, tokenizer, compute) if gated else None

@@ -36,18 +36,19 @@ def ppo_stage(
     from apprentice.ppo import PPO, Prompts
     from apprentice.tokens import encode_prompts, token_classes
     from tasks.checkpoints import compute_of, policy_of, prompt_keys, save_model, scorers_of, table, tokenizer_of
+    from tasks.needs import by_ppo
     from tasks.resume import StageRecorder
     from tasks.room import preflight
 
     compute, config = compute_of(stage), stage.config
-    names = list(dict.fromkeys(("sft", "base", *roles, config.kl_anchor, config.critic_init)))
-    preflight(stage, compute, [config.init, config.critic_init], names, samples=True)
+    needs = by_ppo(config, roles)
+    preflight(stage, compute, *needs)
     tokenizer, policy = tokenizer_of(stage, config.init), policy_of(stage, config.init, compute)
     pool = table(stage, "prompts") if pool is None else pool
     classes, class_names = token_classes(tokenizer, policy.config.vocab_size)
     ids, keys = encode_prompts(tokenizer, [row.prompt for row in pool]), prompt_keys(pool)
     prompts = Prompts(ids, keys, tokenizer.eos_token_id, classes, class_names)
-    scorers = scorers_of(stage, names, compute)
+    scorers = scorers_of(stage, needs.frozen, compute)
     stage.say(f"{len(pool)} prompts, {config.iterations} iterations of {config.batch_size} rollouts, from {config.init}")
     trainer = PPO(
         policy,

@@ -24,10 +24,11 @@ def prefer(stage: Stage, chosen: Any, rejected: Any, compute: Any, figures: dict
     from apprentice.policy import freeze
     from apprentice.preference import optimise_preferences, with_reference
     from tasks.checkpoints import policy_of, save_model, tokenizer_of
+    from tasks.needs import PREFERRED
     from tasks.resume import StageRecorder
     from tasks.room import preflight
 
-    preflight(stage, compute, ["sft"], ["sft"], samples=False)
+    preflight(stage, compute, *PREFERRED)
     policy = policy_of(stage, "sft", compute)
     stage.say(f"{len(chosen.ids)} pairs, loss {stage.config.loss}, {stage.config.epochs} epochs")
     result = optimise_preferences(

@@ -22,8 +22,9 @@ def keep_nothing(make: Callable[[], Piece]) -> Piece:
 @dataclass(frozen=True)
 class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
-    cache while sampling; attention and gradient checkpointing as in params. `keep` makes each piece of sampling and scoring, or gives what an interrupted run made of it, then
-    on the CPU: only for work that makes the same pieces in the same order again, so never while a model is trained."""
+    cache while sampling; attention and gradient checkpointing as in params. `keep` makes each piece of sampling and scoring,
+    or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same order
+    again, so never while a model is trained."""
 
     device: torch.device
     dtype: torch.dtype

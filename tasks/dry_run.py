@@ -58,8 +58,8 @@ def dry_run(params: Params, facts: dict[str, Any], rate: float | None) -> str:
         "",
         *_table(found, rate),
         "",
-        f"in all: {size(max(need.memory for need in found))} of memory for the largest stage, {size(_disk(found) + download)} of "
-        f"disk, {_work(sum(need.flops for need in found), rate)}",
+        f"in all: {size(max(need.memory for need in found))} of memory for the largest stage, "
+        f"{size(_disk(found) + download)} of disk, {_work(sum(need.flops for need in found), rate)}",
     ]
     if here:
         lines.append(f"this machine: {size(memory_of(compute)[1])} of memory on {compute.device.type}")

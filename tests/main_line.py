@@ -25,10 +25,23 @@ def run(name: str, params: Params, item: str | None = None) -> None:
     stage.finish()
 
 
+def try_here(folder: Path) -> None:
+    """The trial of a checkpoint without the child process, which would load torch again each time."""
+    from apprentice import checkpoint_trial as trial
+
+    model = trial.build(folder)
+    tokenizer = trial.read_tokenizer(folder, model.get_input_embeddings().weight.size(0))
+    trial.render(folder, tokenizer)
+    trial.check_finite(folder)
+
+
 def main(checkpoints: list[str]) -> None:
     """The stages, then DVC told of what they wrote, then the registry."""
     from dvc.repo import Repo
 
+    from tasks import intake
+
+    intake.try_out = try_here
     path = ROOT / "params.yaml"
     for checkpoint in checkpoints:
         path.write_text(merge(path.read_text(), {"pretrain": {"checkpoint": checkpoint}}))

@@ -47,7 +47,9 @@ SETTINGS: dict[str, Any] = {
     "ingest__source__path": "data/raw/rows.jsonl",
     "compute__device": "cpu",
     "compute__gradient_checkpointing": True,
-    "sft__epochs": 1,
+    "sft__epochs": 4,
+    "sft__batch_size": 8,
+    "sft__learning_rate": 0.03,  # so that its responses end
     "sft__gate_prompts": 4,
     "sft_tuned__epochs": 1,
     "sft_tuned__gate_prompts": 0,

@@ -38,7 +38,8 @@ def _recompute(model: PreTrainedModel) -> None:
     if not layers:
         raise ValueError(f"compute.gradient_checkpointing: {type(model).__name__} has no layers that can be computed again")
     for layer in layers:
-        layer.__class__ = _recomputed(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _recomputed(kind)
 
 
 @cache

@@ -62,8 +62,8 @@ format: setup ## let ruff rewrite the files
 audit: setup  ## known vulnerabilities and licences of the pinned set; asks PyPI
 	@$(BIN)/python audit.py
 
-preset: setup ## merge presets/NAME.yaml into params.yaml: make preset NAME=smoke
-	@$(BIN)/python -m tasks.preset $(NAME)
+preset: setup ## merge presets/NAME.yaml into params.yaml: make preset NAME=smoke; DRY=1 only shows what it would need
+	@$(BIN)/python -m tasks.preset $(NAME) $(if $(DRY),--dry-run) $(if $(FLOPS),--flops $(FLOPS))
 
 ui: setup     ## start the Prefect and MLflow servers on loopback and print their addresses
 	@$(BIN)/python -m flows.ui

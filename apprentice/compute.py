@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from apprentice.sections import ComputeConfig
 
@@ -21,14 +22,17 @@ def keep_nothing(make: Callable[[], Piece]) -> Piece:
 @dataclass(frozen=True)
 class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
-    cache while sampling. `keep` makes each piece of sampling and scoring, or gives what an interrupted run made of it, then
-    on the CPU: only for work that makes the same pieces in the same order again, so never while a model is trained."""
+    cache while sampling; attention and gradient checkpointing as in params. `keep` makes each piece of sampling and scoring,
+    or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same order
+    again, so never while a model is trained."""
 
     device: torch.device
     dtype: torch.dtype
     forward_tokens: int = 1024
     cache_tokens: int = 65536
     keep: Callable[[Callable[[], Piece]], Piece] = keep_nothing
+    attention: str = "auto"
+    gradient_checkpointing: bool = False
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision where `dtype` asks for it: weights stay float32, matrix products are cast."""
@@ -54,21 +58,54 @@ class Compute:
 def set_up(config: ComputeConfig) -> Compute:
     """Resolve `auto`, set the threads, and turn deterministic algorithms on for this process.
 
-    Raises ValueError when a named device is not there.
+    Raises ValueError when a named device is not there, or what flash attention needs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
     torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = True
+    found, compute = devices(), resolve(config)
+    if compute.device.type not in found:
+        raise ValueError(f"compute.device: expected a device of this machine ({', '.join(found)}), got {compute.device.type!r}")
+    if compute.attention == "flash_attention_2":
+        _check_flash(compute)
+    return compute
+
+
+def devices() -> list[str]:
+    """The kinds of device of this machine, the one that `auto` takes first."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(name for name, found in there.items() if found) if config.device == "auto" else config.device
-    if not there[kind]:
-        found = ", ".join(name for name, yes in there.items() if yes)
-        raise ValueError(f"compute.device: expected a device of this machine ({found}), got {kind!r}")
+    return [name for name, found in there.items() if found]
+
+
+def resolve(config: ComputeConfig) -> Compute:
+    """What the section comes to on its device, which need not be here; `auto` is one of this machine."""
+    kind = devices()[0] if config.device == "auto" else config.device
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and kind == "cuda")
-    forward_tokens = config.forward_tokens or (1024 if kind == "cpu" else 16384)
-    return Compute(torch.device(kind), torch.bfloat16 if bf16 else torch.float32, forward_tokens, config.cache_tokens)
+    return Compute(
+        torch.device(kind),
+        torch.bfloat16 if bf16 else torch.float32,
+        config.forward_tokens or (1024 if kind == "cpu" else 16384),
+        config.cache_tokens,
+        attention=config.attention,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _check_flash(compute: Compute) -> None:
+    """Without its package transformers would take a kernel from the hub, or fail at the first batch."""
+    wanted = {
+        "a CUDA device": compute.device.type == "cuda",
+        "bfloat16": compute.dtype == torch.bfloat16,
+        "the package flash-attn, 2.3.3 or newer": is_flash_attn_2_available(),
+    }
+    if missing := [name for name, found in wanted.items() if not found]:
+        raise ValueError(
+            f"compute.attention: flash_attention_2 needs {', '.join(missing)}; take auto or sdpa, which has PyTorch's own "
+            "flash kernels"
+        )
 
 
 CPU = Compute(torch.device("cpu"), torch.float32)

@@ -3,6 +3,7 @@
 Weights, gradients and Adam's two moments are float32 here, 16 bytes a trained parameter and 4 a frozen one; with LoRA adapters
 alone are trained, and what they stand on is frozen and counted once. Activations follow Korthikanti et al. (2205.05198, eq. 2:
 34 bytes a token, unit of width and layer at 2 bytes a number) without the attention term, which fused attention does not store.
+With gradient checkpointing all of that is kept of one layer at a time, and of the others their input in float32.
 """
 
 from collections.abc import Sequence
@@ -31,12 +32,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. certain: of the models themselves. memory: with passes, cache and the copy that a snapshot takes. disk: outputs,
-    once more in DVC's cache, and two snapshots, the previous one staying until the new one is whole."""
+    """Bytes. certain: of the models themselves. memory: with passes, cache and the copy that a snapshot takes. outputs: what
+    is written, and once more in DVC's cache. snapshots: two, the previous one staying until the new one is whole."""
 
     certain: int
     memory: int
-    disk: int
+    outputs: int
+    snapshots: int
+
+    @property
+    def disk(self) -> int:
+        """What has to be free on the disk."""
+        return self.outputs + self.snapshots
 
 
 def shape_of(config: PretrainedConfig) -> Shape:
@@ -57,12 +64,14 @@ def footprint(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Comput
     passes = max(_pass(shape, compute, bool(trained)) for shape in [*trained, *frozen])
     numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
     cache = numbers * compute.dtype.itemsize if samples else 0
-    disk = 2 * FROZEN * max((shape.parameters + shape.trunk for shape in trained), default=0) + 2 * SNAPSHOT * own
-    return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, disk)
+    outputs = 2 * FROZEN * max((shape.parameters + shape.trunk for shape in trained), default=0)
+    return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, outputs, 2 * SNAPSHOT * own)
 
 
 def _pass(shape: Shape, compute: Compute, training: bool) -> int:
     """Bytes of one forward pass: logits in float32 and their log-softmax, and with gradients what the way back needs."""
     logits = compute.forward_tokens * shape.vocabulary * 4 * (3 if training else 2)
-    activations = 17 * compute.dtype.itemsize * compute.forward_tokens * shape.width * (shape.layers if training else 1)
-    return logits + activations
+    layer = 17 * compute.dtype.itemsize * compute.forward_tokens * shape.width
+    if training and compute.gradient_checkpointing:
+        return logits + layer + 4 * compute.forward_tokens * shape.width * shape.layers
+    return logits + layer * (shape.layers if training else 1)

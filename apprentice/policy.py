@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from apprentice.compute import CPU, Compute
 from apprentice.foreign_checkpoint import inspect_checkpoint
+from apprentice.layers import set_layers
 from apprentice.tokens import Batch
 
 disable_progress_bar()  # loading bars would drown the stages' own lines
@@ -61,11 +62,14 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def load_policy(folder: Path, compute: Compute = CPU) -> PreTrainedModel:
-    """Load a checkpoint: safetensors only, no code of its own, float32 weights, dropout off."""
+    """Load a checkpoint: safetensors only, no code of its own, float32 weights, dropout off, layers as `compute` says.
+
+    Raises ValueError for a folder that is refused, or an architecture that cannot compute so.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         **checkpoint_arguments(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    return model.to(compute.device).eval()
+    return set_layers(model.to(compute.device).eval(), compute)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

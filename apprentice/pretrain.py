@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
+from apprentice.layers import set_layers
 from apprentice.losses import next_token_loss
 from apprentice.masking import length_mask
 from apprentice.optimise import Optimiser, flat_then_decay
@@ -23,21 +24,24 @@ _BATCHES_AHEAD = 16  # documents are made and sorted by length this many batches
 def build_base(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """A freshly initialised model whose vocabulary is exactly the tokenizer's."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=config.max_positions,
-            tie_word_embeddings=True,
-            pad_token_id=pad_id(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    ).eval()
+    return LlamaForCausalLM(base_config(config, tokenizer)).eval()
+
+
+def base_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """The shape of the tiny base."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=pad_id(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def pretrain(
@@ -51,7 +55,7 @@ def pretrain(
     recorder: Recorder,
 ) -> None:
     """Train `model` in place on all tokens of documents drawn from `documents`. Rows: loss, learning_rate, tokens."""
-    model.to(compute.device)
+    set_layers(model.to(compute.device), compute)
     optimiser = Optimiser(
         model.parameters(),
         config.learning_rate,

@@ -15,6 +15,8 @@ class ComputeConfig:
     threads: Count
     forward_tokens: Count | None
     cache_tokens: Count
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    gradient_checkpointing: bool
 
 
 @dataclass(frozen=True)

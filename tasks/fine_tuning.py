@@ -34,16 +34,16 @@ def fine_tune_on(
     from apprentice.policy import freeze
     from apprentice.sft import HeldOut, fine_tune
     from tasks.checkpoints import batch_of, save_model, table
+    from tasks.needs import fine_tuned
     from tasks.resume import StageRecorder
     from tasks.roles import preflight, roles_of
 
     config = config or stage.config
-    gated = bool(getattr(config, "gate_prompts", 0))
-    names = ["base"] if gated else []
-    preflight(stage, compute, [init], names, samples=gated)
-    (model, scorers), validation = roles_of(stage, init, names, compute), table(stage, "validation")
+    needs = fine_tuned(config, init)
+    preflight(stage, compute, *needs)
+    (model, scorers), validation = roles_of(stage, init, needs.frozen, compute), table(stage, "validation")
     stage.say(f"{len(train.ids)} rows, {len(validation)} held out, {config.epochs} epochs, from {init}")
-    shares = _gate(stage, model, scorers["base"], validation, tokenizer, compute) if gated else None
+    shares = _gate(stage, model, scorers["base"], validation, tokenizer, compute) if scorers else None
     by_gate = _mean_of(shares) if shares and config.select == "gate" else None
     result = fine_tune(
         model,

@@ -30,6 +30,7 @@ from apprentice.verifiers import verify
 from tasks.candidates import warn_where_cut_off
 from tasks.checkpoints import batch_of, compute_of, model_folder, prompt_keys, scorers_of, table, tokenizer_of
 from tasks.kept import keeping
+from tasks.needs import measured_beside
 from tasks.room import preflight
 from tasks.stage import Stage
 
@@ -76,7 +77,7 @@ def evaluate_stage(stage: Stage) -> None:
     """Measure `stage.item` on the held-out sets; write prompts.csv, samples.jsonl and metrics.json."""
     compute = keeping(stage, compute_of(stage))
     assert stage.item is not None
-    preflight(stage, compute, [], [*_parts(stage, stage.item), "sft", "base"], samples=True)
+    preflight(stage, compute, *measured_beside(_parts(stage, stage.item)))
     found = {name: measured(stage, name, compute) for name in dict.fromkeys((stage.item, "sft", "base"))}
     models = {"model": found[stage.item], "sft": found["sft"], "base": found["base"]}
     evaluation, validation = table(stage, "evaluation"), table(stage, "validation")

@@ -12,13 +12,14 @@ def main(stage: Stage) -> None:
     from tasks.candidates import by_prompt, check_rewards, warn_where_cut_off
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
     from tasks.kept import keeping
+    from tasks.needs import paired
     from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
     from tasks.room import preflight
 
     compute, config = keeping(stage, compute_of(stage)), stage.config
-    tokenizer, names = tokenizer_of(stage, "sft"), ("sft", config.reward_target, config.reward_baseline)
-    preflight(stage, compute, [], names, samples=True)
-    models = scorers_of(stage, names, compute)
+    tokenizer, needs = tokenizer_of(stage, "sft"), paired(config)
+    preflight(stage, compute, *needs)
+    models = scorers_of(stage, needs.frozen, compute)
     rows = pick_prompts(table(stage, "prompts"), config.prompts, stage.params.seed)
     stage.say(f"sampling {config.candidates} candidates for each of {len(rows)} prompts")
     rollout = sample(

@@ -36,13 +36,14 @@ def ppo_stage(
     from apprentice.ppo import PPO, Prompts
     from apprentice.tokens import encode_prompts, token_classes
     from tasks.checkpoints import compute_of, prompt_keys, save_model, table, tokenizer_of
+    from tasks.needs import by_ppo
     from tasks.resume import StageRecorder
     from tasks.roles import preflight, roles_of
 
     compute, config = compute_of(stage), stage.config
-    names = list(dict.fromkeys(("sft", "base", *roles, config.kl_anchor, config.critic_init)))
-    preflight(stage, compute, [config.init, config.critic_init], names, samples=True)
-    tokenizer, (policy, scorers) = tokenizer_of(stage, config.init), roles_of(stage, config.init, names, compute)
+    needs = by_ppo(config, roles)
+    preflight(stage, compute, *needs)
+    tokenizer, (policy, scorers) = tokenizer_of(stage, config.init), roles_of(stage, config.init, needs.frozen, compute)
     pool = table(stage, "prompts") if pool is None else pool
     classes, class_names = token_classes(tokenizer, policy.config.vocab_size)
     ids, keys = encode_prompts(tokenizer, [row.prompt for row in pool]), prompt_keys(pool)

@@ -23,11 +23,12 @@ def prefer(stage: Stage, chosen: Any, rejected: Any, compute: Any, figures: dict
     """The same on two batches, row by row of one prompt."""
     from apprentice.preference import optimise_preferences, with_reference
     from tasks.checkpoints import save_model, tokenizer_of
+    from tasks.needs import PREFERRED
     from tasks.resume import StageRecorder
     from tasks.roles import preflight, roles_of
 
-    preflight(stage, compute, ["sft"], ["sft"], samples=False)
-    policy, scorers = roles_of(stage, "sft", ["sft"], compute)
+    preflight(stage, compute, *PREFERRED)
+    policy, scorers = roles_of(stage, "sft", PREFERRED.frozen, compute)
     stage.say(f"{len(chosen.ids)} pairs, loss {stage.config.loss}, {stage.config.epochs} epochs")
     result = optimise_preferences(
         policy,

@@ -1,14 +1,21 @@
 """The budget of a forward pass, and the device."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apprentice.compute import CPU, Compute, set_up
+from apprentice import compute as module
+from apprentice.compute import CPU, Compute, resolve, set_up
 from apprentice.sections import ComputeConfig
+
+
+def section(**changes: Any) -> ComputeConfig:
+    entries: dict[str, Any] = {"device": "cpu", "dtype": "auto", "threads": 1, "forward_tokens": 8, "cache_tokens": 9}
+    return ComputeConfig(**{**entries, "attention": "auto", "gradient_checkpointing": False, **changes})
 
 
 @pytest.fixture
@@ -40,32 +47,50 @@ def test_micro_batches_by_hand() -> None:
 
 
 def test_set_up_on_a_cpu(torch_settings: None) -> None:
-    compute = set_up(ComputeConfig(device="cpu", dtype="auto", threads=1, forward_tokens=77, cache_tokens=99))
+    compute = set_up(section(forward_tokens=77, cache_tokens=99))
     assert (compute.device.type, compute.dtype) == ("cpu", torch.float32)
     assert (compute.forward_tokens, compute.cache_tokens) == (77, 99)
 
 
 def test_without_a_budget_a_cpu_takes_small_forward_passes() -> None:
-    assert set_up(ComputeConfig("cpu", "auto", 1, forward_tokens=None, cache_tokens=99)).forward_tokens == 1024
+    assert set_up(section(forward_tokens=None)).forward_tokens == 1024
     assert torch.get_num_threads() == 1
     assert torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is an accelerator")
 def test_auto_takes_the_cpu_where_there_is_nothing_else(torch_settings: None) -> None:
-    assert set_up(ComputeConfig("auto", "auto", 1, 8, 9)) == Compute(torch.device("cpu"), torch.float32, 8, 9)
+    assert set_up(section(device="auto")) == Compute(torch.device("cpu"), torch.float32, 8, 9)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_an_error(torch_settings: None) -> None:
     with pytest.raises(ValueError, match=r"compute\.device: expected a device of this machine \(cpu\), got 'cuda'"):
-        set_up(ComputeConfig("cuda", "auto", 1, 8, 9))
+        set_up(section(device="cuda"))
 
 
 def test_autocast_casts_products_and_leaves_float32_alone(torch_settings: None) -> None:
-    bf16 = set_up(ComputeConfig("cpu", "bfloat16", 1, 8, 9))
+    bf16 = set_up(section(dtype="bfloat16"))
     matrix = torch.ones(2, 2)
     with bf16.autocast():
         assert (matrix @ matrix).dtype == torch.bfloat16
     with CPU.autocast():
         assert (matrix @ matrix).dtype == torch.float32
+
+
+def test_a_device_elsewhere_is_resolved_without_being_here() -> None:
+    there = resolve(section(device="cuda", forward_tokens=None, attention="sdpa", gradient_checkpointing=True))
+    assert (there.device.type, there.dtype, there.forward_tokens) == ("cuda", torch.bfloat16, 16384)
+    assert there.attention == "sdpa" and there.gradient_checkpointing
+
+
+def test_flash_attention_names_what_it_lacks(torch_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a kernel from the hub in the place of the package."""
+    monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs a CUDA device, bfloat16, the package flash-attn, 2\.3\.3 or newer; take auto"):
+        set_up(section(attention="flash_attention_2"))
+    monkeypatch.setattr(module, "devices", lambda: ["cuda", "cpu"])
+    with pytest.raises(ValueError, match=r"flash_attention_2 needs the package flash-attn"):
+        set_up(section(device="cuda", attention="flash_attention_2"))
+    monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: True)
+    assert set_up(section(device="cuda", attention="flash_attention_2")).attention == "flash_attention_2"

@@ -1,5 +1,6 @@
 """Estimates of memory and disk: by hand on a made-up shape, counted on real configurations, measured on a model that fills."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -29,6 +30,14 @@ def test_sampling_by_hand() -> None:
     found = footprint([], [SHAPE, SMALLER], COMPUTE, samples=True)
     assert (found.certain, found.memory, found.disk) == (4040, 4040 + 12800, 0)
     assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False).memory == 4040 + 4000 + 5440
+
+
+def test_activations_computed_again_by_hand() -> None:
+    """Those of one layer, 34 * 2 bytes * 10 * 8, and the inputs of both, 4 bytes * 10 * 8 each."""
+    again = dataclasses.replace(COMPUTE, gradient_checkpointing=True)
+    found = footprint([SHAPE], [SMALLER], again, samples=False)
+    assert found.memory == found.certain + 6000 + 5440 + 640 + 12 * 1000
+    assert footprint([], [SHAPE], again, samples=False) == footprint([], [SHAPE], COMPUTE, samples=False)
 
 
 def test_a_critic_is_trained_too_and_only_one_model_is_written() -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from apprentice.config import ParamsError
-from tasks.preset import apply, changes_between, merge
+from apprentice.config import ParamsError, parse
+from tasks.preset import apply, changes_between, in_force, merge, read_preset
 from tasks.stage import ROOT, read_params
+
+PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
 
 MERGED = """\
 seed: 0
@@ -107,10 +109,26 @@ def project_with(preset: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "presets").glob("*.yaml")])
-def test_every_shipped_preset_fits(name: str, tmp_path: Path) -> None:
-    root = project_with((ROOT / "presets" / f"{name}.yaml").read_text(), tmp_path)
-    assert apply("mine", root)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "laptop"])
+def test_every_shipped_preset_fits_and_laptop_brings_the_defaults_back(name: str) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    defaults, changed = yaml.safe_load(text), merge(text, read_preset(name)[0])
+    assert parse(yaml.safe_load(changed)) != parse(defaults)
+    back = yaml.safe_load(merge(changed, read_preset("laptop")[0]))
+    assert changes_between(defaults, back) == [], "name the entry in presets/laptop.yaml, with its value in params.yaml"
+
+
+def test_the_defaults_are_the_preset_laptop(tmp_path: Path) -> None:
+    root = project_with((ROOT / "presets" / "laptop.yaml").read_text(), tmp_path)
+    assert apply("mine", root) == []
+    assert (root / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()
+
+
+def test_what_the_dry_run_alone_reads_is_not_merged(tmp_path: Path) -> None:
+    root = project_with("dry_run: {rows: 3}\nseed: 7\n", tmp_path)
+    assert read_preset("mine", root) == ({"seed": 7}, {"rows": 3})
+    assert in_force("mine", root).seed == 7 and yaml.safe_load((root / "params.yaml").read_text())["seed"] == 0
+    assert apply("mine", root) == ["seed: 0 -> 7"]
 
 
 def test_values_change_and_comments_stay(tmp_path: Path) -> None:

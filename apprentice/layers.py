@@ -1,0 +1,54 @@
+"""How the layers of a model compute: by which attention, and whether their activations are kept or computed again."""
+
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from apprentice.compute import Compute
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def set_layers(model: Model, compute: Compute) -> Model:
+    """Have a model compute as `compute` says; returns it. Raises ValueError where its architecture cannot."""
+    if compute.attention != "auto":
+        _use_attention(model, compute.attention)
+    if compute.gradient_checkpointing:
+        _recompute(model)
+    return model
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> None:
+    refused: Exception | None = None
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        refused = error
+    if refused or model.config._attn_implementation != name:
+        raise ValueError(f"compute.attention: {type(model).__name__} cannot take {name}; auto takes what it can") from refused
+
+
+def _recompute(model: PreTrainedModel) -> None:
+    """Keep the input of each layer only. transformers' own switch works in training mode alone, which turns dropout on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"compute.gradient_checkpointing: {type(model).__name__} has no layers that can be computed again")
+    for layer in layers:
+        kind: Any = type(layer)
+        layer.__class__ = _recomputed(kind)
+
+
+@cache
+def _recomputed(kind: Any) -> Any:
+    """The same layer, its forward pass done again on the way back; a class and no wrapper, so that copies are whole."""
+
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return kind.forward(self, *inputs, **named)
+        return checkpoint(kind.forward, self, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+
+    return type(kind.__name__, (kind,), {"forward": forward})

@@ -1,0 +1,37 @@
+"""Which models a stage trains, which it has frozen beside them, and whether it samples: its room follows from that."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Needs(NamedTuple):
+    """Names of models of the pipeline, the frozen ones each once; samples: whether one of them is sampled from."""
+
+    trained: list[str]
+    frozen: list[str]
+    samples: bool
+
+
+def fine_tuned(config: Any, init: str) -> Needs:
+    """Of fine-tuning from `init`; a section with gate prompts measures the gate."""
+    gated = bool(getattr(config, "gate_prompts", 0))
+    return Needs([init], ["base"] if gated else [], gated)
+
+
+def by_ppo(config: Any, roles: Sequence[str]) -> Needs:
+    """Of PPO with a reward by models of these names."""
+    frozen = dict.fromkeys(("sft", "base", *roles, config.kl_anchor, config.critic_init))
+    return Needs([config.init, config.critic_init], list(frozen), True)
+
+
+def paired(config: Any) -> Needs:
+    """Of candidates and their self-reward."""
+    return Needs([], list(dict.fromkeys(("sft", config.reward_target, config.reward_baseline))), True)
+
+
+PREFERRED = Needs(["sft"], ["sft"], False)  # of preference optimisation: the policy, and the reference it begins as
+
+
+def measured_beside(parts: Sequence[str]) -> Needs:
+    """Of the evaluation of a model that is loaded from these."""
+    return Needs([], list(dict.fromkeys((*parts, "sft", "base"))), True)

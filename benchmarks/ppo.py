@@ -34,7 +34,8 @@ FIRST_GAP = 1e-3  # nats; the two sides' first rewards, advantages and ratio may
 
 @dataclass(frozen=True)
 class Workload:
-    """What one run is: `updates` rollouts of `batch` responses of at most `response` tokens, two epochs of one step each. micro: rows in a forward pass of TRL's training; `forced`: no response ends by itself."""
+    """What one run is: `updates` rollouts of `batch` responses of at most `response` tokens, two epochs of one step each.
+    forced: no response ends by itself. micro: rows in a forward pass of TRL's training."""
 
     shape: str
     forced: bool
@@ -138,10 +139,8 @@ def trainer_of_ours(work: Workload, given: Material, seed: str, policy: Any) -> 
     compute = computing()
     end = -1 if work.forced else given.end
     classes = torch.zeros(len(given.tokenizer), dtype=torch.long)
-    prompts = Prompts(
-        given.prompts, [str(i) for i in range(len(given.prompts))], end, torch.zeros(len(given.tokenizer)), ("all",)
-    )
-    prompts = dataclasses.replace(prompts, classes=prompts.classes.long())
+    keys = [str(i) for i in range(len(given.prompts))]
+    prompts = Prompts(given.prompts, keys, end, classes, ("all",))
     scorers = {name: freeze(given.model(name)) for name in ("sft", "base")}
     settings = config(work)
     return PPO(policy, scorers, prompts, EveryResponse(settings, prompts), settings, seed=seed, compute=compute)

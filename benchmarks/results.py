@@ -161,8 +161,8 @@ def _head(whole: Mapping[str, Any]) -> list[str]:
 
 def _ratios(whole: Mapping[str, Any]) -> list[str]:
     rows = [
-        "Peer over ours, both sides in turn in each round: above 1, ours is faster. Median [least, most] over the rounds; memory "
-        "is our peak over the peer's.",
+        "Peer over ours, both sides in turn in each round: above 1, ours is faster. Median [least, most] over the rounds; "
+        "memory is our peak over the peer's.",
         "",
         "| against | CPU time | wall time | memory | rounds | bar |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -12,7 +12,7 @@ FAMILIES = {  # what measures each family, and its rounds
     "ppo": ("ppo:family", 5),
     "sft": ("fine_tuning:sft", 5),
     "dpo": ("fine_tuning:dpo", 5),
-    "sampling": ("sampling:family", 5),
+    "sampling": ("sampling:family", 3),
     "scoring": ("scoring:family", 5),
     "rejection": ("rejection:family", 5),
     "tables": ("tables:family", 1),

@@ -30,28 +30,32 @@ def family(results: Results, runs: int) -> None:
     """CPU time and peak memory of each point; `runs` is not used."""
     for axis, sizes in AXES.items():
         for work in WORK[axis]:
-            cpu, peak = {}, {}
-            for size in sizes:
-                worker = Worker(Side("benchmarks.growth:point", {"axis": axis, "size": size, "work": work}))
-                try:
-                    answers = [worker.run(repeat) for repeat in range(TIMES)]
-                finally:
-                    worker.close()
-                cpu[size], peak[size] = min(one["cpu"] for one in answers), answers[-1]["peak_mib"]
-            figures = {"exponent": exponent(cpu)} | {str(size): seconds for size, seconds in cpu.items()}
-            results.figure(f"growth/{axis}/{work}", figures | {"peak_mib_of_largest": peak[sizes[-1]]})
+            worker = Worker(Side("benchmarks.growth:points", {"axis": axis, "work": work}))
+            try:
+                answers = {size: [worker.run(size) for _ in range(TIMES)] for size in sizes}
+            finally:
+                worker.close()
+            cpu = {size: min(one["cpu"] for one in given) for size, given in answers.items()}
+            peak = {f"peak_mib_{size}": given[-1]["peak_mib"] for size, given in answers.items()}
+            results.figure(
+                f"growth/{axis}/{work}", {"exponent": exponent(cpu)} | {f"cpu_{n}": c for n, c in cpu.items()} | peak
+            )
 
 
-def point(axis: str, size: int, work: str) -> Prepare:
-    """One point of one axis; what is not varied: hidden 128, 2 layers, 2,000 words, 64 tokens a row, 16 rows, 1 candidate."""
+def points(axis: str, work: str) -> Prepare:
+    """The points of one axis, asked for by their size in the place of a repeat's number, smallest first."""
+    return lambda size: point(axis, size, work)
+
+
+def point(axis: str, size: int, work: str) -> Callable[[], Figures]:
+    """One point; what is not varied: hidden 128, 2 layers, 2,000 words, 64 tokens a row, 16 rows, 1 candidate."""
     given = {"width": 128, "length": 64, "vocabulary": 2_000, "rows": 16, "candidates": 1} | {axis: size}
     compute = computing()
     model = wide_model(given["vocabulary"], given["width"], layers=2)
     half = given["length"] // 2
     ids = torch.randint(given["vocabulary"] - 3, (given["rows"], given["length"]), generator=torch.Generator().manual_seed(0))
     batch = collate(ids[:, :half].tolist(), ids[:, half:].tolist(), given["vocabulary"] - 1)
-    step = {"train": _train, "score": _score, "sample": _sample}[work](model, batch, given["candidates"], compute)
-    return lambda repeat: step
+    return {"train": _train, "score": _score, "sample": _sample}[work](model, batch, given["candidates"], compute)
 
 
 def _train(model: torch.nn.Module, batch: Batch, candidates: int, compute: Compute) -> Callable[[], Figures]:

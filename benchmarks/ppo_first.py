@@ -15,7 +15,8 @@ from apprentice.policy import response_scores
 from apprentice.recorder import Recorder
 from apprentice.sampling import Rollout
 from apprentice.tokens import collate
-from benchmarks.ppo import WORKLOADS, Workload, order, trainer_of_ours, trainer_of_trl
+from benchmarks.ppo import WORKLOADS, Workload, order, trainer_of_ours
+from benchmarks.ppo_trl import trainer_of_trl
 from benchmarks.shapes import Material, material
 
 First = dict[str, Any]

@@ -11,7 +11,7 @@ from benchmarks.shapes import computing, make, material
 from benchmarks.worker import Figures, Prepare
 
 ROWS = (16, 64, 256, 1024)
-LIMIT = {"tiny": 48, "wide": 32}  # tokens of a response
+LIMIT = {"tiny": 48, "wide": 16}  # tokens of a response
 
 
 def family(results: Results, runs: int) -> None:

@@ -100,7 +100,8 @@ def trl(workload: str) -> Callable[[int], Callable[[], First]]:
     def generated(model: Any, queries: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         ids = torch.cat([queries, answers], 1)
         with torch.no_grad():
-            return ids, model(input_ids=ids, logits_to_keep=work.response + 1).logits[:, :-1]
+            scored = ppo_trainer.forward(model, ids, trainer.processing_class.pad_token_id)
+        return ids, scored.logits[:, queries.size(1) - 1 : -1]
 
     def noting_advantages(values: Tensor, mask: Tensor, **options: Any) -> Tensor:
         noted["advantages"] = values

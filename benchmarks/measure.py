@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,12 +64,15 @@ class Worker:
         command = [side.python, "-m", "benchmarks.worker", side.target, json.dumps(dict(side.options))]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         self.side = side
-        self.log = (ROOT / "benchmarks" / ".made").joinpath(side.target.replace(":", ".") + ".log")
-        self.log.parent.mkdir(exist_ok=True)
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-            )
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log
+        )
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        self.log.seek(0)
+        return self.log.read()
 
     def run(self, repeat: int) -> dict[str, Any]:
         """One repeat; raises BenchmarkError with the end of its log when the side fails."""
@@ -79,7 +83,7 @@ class Worker:
         except BrokenPipeError:
             pass
         if not (line := self.process.stdout.readline()):
-            end = "\n".join(self.log.read_text().splitlines()[-15:])
+            end = "\n".join(self.said().splitlines()[-15:])
             raise BenchmarkError(f"{self.side.target} {dict(self.side.options)} ended in repeat {repeat}:\n{end}")
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -88,6 +92,7 @@ class Worker:
         """End the process."""
         self.process.kill()
         self.process.communicate()
+        self.log.close()
 
 
 def alternate(sides: Mapping[str, Side], runs: int, warm_up: int = 1) -> dict[str, Measured]:

@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_UPDATE_DOWNLOAD_COUNTS = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run methods test test-fast chaos fuzz check format audit preset ui
+.PHONY: help setup run methods test test-fast chaos fuzz check format audit preset ui bench
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -49,6 +49,9 @@ chaos: setup  ## kill running stages 120 times, compare what comes out with the 
 
 fuzz: setup   ## broken bytes through the readers of `ingest`, each for SECONDS: make fuzz SECONDS=600
 	@FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/malformed/test_fuzz.py
+
+bench: setup  ## speed side by side with peers, into benchmarks/results.json: make bench ONLY=ppo RUNS=3
+	@PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(RUNS),--runs $(RUNS))
 
 check: setup  ## ruff and mypy; edits nothing
 	@$(BIN)/python -m ruff format --check .

@@ -215,7 +215,9 @@ def build(root: Path) -> tuple[Project, dict[str, str]]:
 def main() -> int:
     """Build, kill, write the table; 1 if any kill was not as undisturbed."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=120, help="how many (default 120: each stage once or twice, about an hour)")
+    parser.add_argument(
+        "--kills", type=int, default=120, help="how many (default 120: each stage once or twice, about an hour)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--project", type=Path, help="a folder to build in, or one built so before (default: a temporary one)")
     options = parser.parse_args()

@@ -1,0 +1,46 @@
+"""One side of a comparison in a process of its own: `python -m benchmarks.worker benchmarks.ppo:ours '{"shape": "wide"}'`.
+
+Reads a repeat's number a line, prepares that repeat, times it, and answers with a line of JSON. Whatever else the side prints
+goes to standard error.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Figures = dict[str, float]
+Prepare = Callable[[int], Callable[[], Figures]]  # of a repeat's number: what is made before the clock starts
+
+
+def main() -> None:
+    target, options = sys.argv[1], json.loads(sys.argv[2])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module, name = target.split(":")
+    prepare: Prepare = getattr(importlib.import_module(module), name)(**options)
+    begun = peak_mib()
+    for line in sys.stdin:
+        answers.write(json.dumps(timed(prepare(int(line))) | {"peak_mib": peak_mib(), "begun_mib": begun}) + "\n")
+        answers.flush()
+
+
+def timed(work: Callable[[], Figures]) -> dict[str, Any]:
+    """CPU seconds of the whole process, wall seconds, and what the work says of itself."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    figures = work()
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "figures": figures}
+
+
+def peak_mib() -> float:
+    """The most memory this process has held so far, MiB."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from apprentice.compute import Compute
+    from apprentice.footprint import Shape
 
 SECONDS = 1.0  # that the rate of this machine is measured for
 SIDE = {"cuda": 8192, "mps": 4096, "cpu": 1024}  # of the matrices it is measured with
@@ -42,12 +43,14 @@ def dry_run(params: Params, facts: dict[str, Any], rate: float | None) -> str:
     """
     from apprentice.compute import devices, resolve
     from apprentice.footprint import shape_of
+    from apprentice.lora import adapter_shape
 
     compute, config = resolve(params.compute), _config(params, facts)
     shape, data = shape_of(config), _data_size(params, facts)
     here = compute.device.type in devices()
     given, rate = rate is not None, rate or (_measured(compute, params.compute.threads) if here else None)
-    found = list(_needs(params, shape, main_line(params, data), compute))
+    adapter = adapter_shape(config, params.lora) if params.lora.rank else None
+    found = list(_needs(params, shape, adapter, main_line(params, data), compute))
     download = _download(params, config, shape.parameters)
     lines = [
         f"base: {params.pretrain.checkpoint or 'the tiny one, trained here'}, {shape.parameters:,} parameters",
@@ -112,7 +115,9 @@ def _expect(facts: dict[str, Any], name: str, what: str) -> None:
         raise ParamsError(f"dry_run.{name}: missing from the preset ({what}), and nothing is fetched to find out")
 
 
-def _needs(params: Params, shape: Any, work: dict[str, Work], compute: "Compute") -> Iterator[Need]:
+def _needs(
+    params: Params, shape: "Shape", adapter: "Shape | None", work: dict[str, Work], compute: "Compute"
+) -> Iterator[Need]:
     """Every model has the base's shape. A pinned base is loaded to be counted, and written nowhere."""
     from apprentice.footprint import footprint
 
@@ -128,10 +133,18 @@ def _needs(params: Params, shape: Any, work: dict[str, Work], compute: "Compute"
     }
     for stage, tokens in work.items():
         one = models.get(stage) or needs.measured_beside([stage.partition("@")[2]])
-        room = footprint([shape] * len(one.trained), [shape] * len(one.frozen), compute, one.samples)
+        on_trunk = adapter if one.trained and stage != "pretrain" else None
+        room = footprint(*_shapes(one, shape, on_trunk), compute, one.samples)
         memory = room.certain if pinned and stage == "pretrain" else room.memory
-        flops = tokens.flops(shape.parameters, compute.gradient_checkpointing)
+        flops = tokens.flops(shape.parameters, compute.gradient_checkpointing, bool(on_trunk))
         yield Need(stage, memory, room.outputs, room.snapshots, flops)
+
+
+def _shapes(one: needs.Needs, whole: "Shape", adapter: "Shape | None") -> tuple[list["Shape"], list["Shape"]]:
+    """Of what is trained and what is frozen: whole models, or an adapter for each and one trunk, the base, below them."""
+    if adapter is None:
+        return [whole] * len(one.trained), [whole] * len(one.frozen)
+    return [adapter] * len(one.trained), [whole, *(adapter for name in one.frozen if name != "base")]
 
 
 def _download(params: Params, config: "PretrainedConfig", parameters: int) -> int:

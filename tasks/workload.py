@@ -29,10 +29,10 @@ class Work(NamedTuple):
     trained: float
     passed: float
 
-    def flops(self, parameters: int, again: bool) -> float:
+    def flops(self, parameters: int, again: bool, adapters: bool) -> float:
         """Operations: 2 a parameter and token for a pass and 4 for the way back (2001.08361, section 2.1), 2 more where
-        activations are computed again."""
-        return parameters * ((8 if again else 6) * self.trained + 2 * self.passed)
+        activations are computed again, 2 fewer where the weights are frozen under adapters, whose own are left out."""
+        return parameters * ((6 + 2 * again - 2 * adapters) * self.trained + 2 * self.passed)
 
 
 def main_line(params: Params, data: DataSize) -> dict[str, Work]:

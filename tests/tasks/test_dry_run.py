@@ -11,6 +11,7 @@ import pytest
 from apprentice.compute import resolve
 from apprentice.config import Params, ParamsError
 from apprentice.footprint import footprint, shape_of
+from apprentice.lora import adapter_shape
 from tasks import preset
 from tasks.dry_run import dry_run
 from tasks.preset import in_force
@@ -66,8 +67,9 @@ def test_a_pinned_base_is_not_trained(params: Callable[..., Params]) -> None:
 
 
 def test_operations_by_hand() -> None:
-    assert Work(10, 3).flops(100, again=False) == 100 * (60 + 6)
-    assert Work(10, 3).flops(100, again=True) == 100 * (80 + 6)
+    assert Work(10, 3).flops(100, again=False, adapters=False) == 100 * (60 + 6)
+    assert Work(10, 3).flops(100, again=True, adapters=False) == 100 * (80 + 6)
+    assert Work(10, 3).flops(100, again=False, adapters=True) == 100 * (40 + 6)
 
 
 @pytest.fixture
@@ -113,6 +115,18 @@ def test_its_figures_are_those_of_the_stages(params: Callable[..., Params]) -> N
         "rso": footprint([shape], [shape], compute, False).memory / 2**20,
     }
     assert {name: lines[name] for name in mebibytes} == {name: f"{value:.1f} MiB" for name, value in mebibytes.items()}
+
+
+def test_with_adapters_one_trunk_is_counted(params: Callable[..., Params]) -> None:
+    """srppo: policy and critic are adapters on the base, which is reward baseline too, beside that of the reward target."""
+    config = config_of("qwen2", 4000)
+    facts = {"rows": 100, "prompt_tokens": 5, "response_tokens": 5, "config": config.to_dict()}
+    changes = {"pretrain.checkpoint": "some/model", "ingest.source.kind": "jsonl", "compute.device": "cpu", "lora.rank": 2}
+    found = params(**changes)
+    whole, adapter, compute = shape_of(config), adapter_shape(config, found.lora), resolve(found.compute)
+    lines = dict(re.findall(r"^([\w@]+) +([\d.]+ \w+) ", dry_run(found, facts, 1e12), re.M))
+    assert lines["srppo"] == f"{footprint([adapter] * 2, [whole, adapter], compute, True).memory / 2**20:.1f} MiB"
+    assert lines["evaluate@rso"] == f"{footprint([], [whole] * 3, compute, True).memory / 2**20:.1f} MiB", "merged copies"
 
 
 @pytest.mark.parametrize("missing", ["rows", "prompt_tokens", "response_tokens", "config"])

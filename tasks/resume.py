@@ -33,7 +33,7 @@ class StageRecorder(Recorder):
         self.rows = saved.pop("rows") if saved else []
         self.taken, self.skipped, self.skipped_in_a_row = saved.pop("counts") if saved else (0, 0, 0)
         self.stage.history.start(self.rows)
-        if saved:
+        if saved is not None:  # one of rows alone is empty by now
             self.stage.resumed("step", len(self.rows))
         self.stage.start_clock()
         self.stage.stoppable = True

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     whole = ROOT / "tests" / "test_whole_pipeline.py"
     items.sort(key=lambda item: (item.path != whole, item.path not in slow))
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """Stages flush denormal numbers to zero, for their whole process: of several in this one, the tests after it see none."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
 
 
 @pytest.fixture

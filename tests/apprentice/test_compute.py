@@ -25,7 +25,6 @@ def torch_settings() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.set_flush_denormal(False)
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))

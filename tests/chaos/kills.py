@@ -55,17 +55,27 @@ class Victim:
         self.project, self.label, self.environment = project, label, environment
         self.telemetry = project.root / ".telemetry" / f"{label}.jsonl"
         self.outputs = outputs_in_lock(project, label)
-        built = self.last_execution()
+        built = next(
+            events for events in reversed(self.executions()) if events[-1]["event"] == "finished" and not _resumed(events)
+        )
         self.points = [event["step"] for event in built if event["event"] == "saved"]
         self.seconds = built[-1]["time"] - built[0]["time"]
 
-    def last_execution(self) -> list[dict[str, Any]]:
-        """The events of the execution begun last."""
-        events: list[dict[str, Any]] = []
+    def executions(self) -> list[list[dict[str, Any]]]:
+        """The events of each execution, the one begun last at the end."""
+        found: list[list[dict[str, Any]]] = []
         for line in self.telemetry.read_text().splitlines():
             event = json.loads(line) if line.endswith("}") else {}
-            events = [event] if event.get("event") == "started" else [*events, event] if event else events
-        return events
+            if event.get("event") == "started":
+                found.append([])
+            if event:
+                found[-1].append(event)
+        return found
+
+    def since(self, begun: float) -> list[dict[str, Any]]:
+        """The events of the execution begun last, if that was not before; killed early, it has told nothing."""
+        events = self.executions()[-1]
+        return events if events[0]["time"] >= begun else []
 
     def start(self) -> subprocess.Popen[str]:
         """The command that a user would give: the stage's outputs go first."""
@@ -77,11 +87,11 @@ class Victim:
 
     def kill_at(self, point: int | None, wait: float, sign: signal.Signals) -> tuple[int | None, float] | None:
         """Run up to a save (or for a while), then kill; the step saved last and the seconds lost. None: it ended before."""
+        begun = round(time.time(), 3)  # as the telemetry has it
         child = self.start()
-        begun = time.time()
         while child.poll() is None and time.time() - begun < PATIENCE:
-            done = [event for event in self.last_execution() if event["event"] in ("saved", "resumed")]
-            if point is None or any(event.get("step", 0) >= point for event in done if event["time"] >= begun):
+            done = [event for event in self.since(begun) if event["event"] == "saved"]
+            if point is None or any(event["step"] >= point for event in done):
                 break
             time.sleep(0.005)
         time.sleep(wait)
@@ -90,12 +100,11 @@ class Victim:
         if child.returncode not in (-sign, 128 + sign):
             assert child.returncode == 0, said
             return None
-        events = self.last_execution()
+        events = self.since(begun)
         saves = [event for event in events if event["event"] == "saved"]
         if saves:
             return saves[-1]["step"], max(0.0, time.time() - saves[-1]["time"])
-        resumed = [event["resumed_at"] for event in events if event["event"] == "resumed"]
-        return (resumed[-1] if resumed else None), time.time() - begun
+        return _resumed(events), time.time() - begun
 
     def finish(self) -> None:
         """The same command to its end."""
@@ -105,7 +114,7 @@ class Victim:
 
     def resumed_at(self) -> int | None:
         """What the execution begun last went on after."""
-        return next((event["resumed_at"] for event in self.last_execution() if event["event"] == "resumed"), None)
+        return _resumed(self.executions()[-1])
 
     def digest(self) -> str:
         """One hash of all outputs, names and bytes; of a missing one too."""
@@ -115,6 +124,11 @@ class Victim:
                 total.update(str(path.relative_to(self.project.root)).encode())
                 total.update(path.read_bytes() if path.is_file() else b"")
         return total.hexdigest()
+
+
+def _resumed(events: list[dict[str, Any]]) -> int | None:
+    """The step an execution went on after."""
+    return next((event["resumed_at"] for event in events if event["event"] == "resumed"), None)
 
 
 def outputs_in_lock(project: Project, label: str) -> list[Path]:

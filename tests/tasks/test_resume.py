@@ -83,6 +83,16 @@ def test_an_interrupted_run_continues_with_its_history(stage: Stage, capsys: pyt
     assert [json.loads(line)["resumed_at"] for line in telemetry if "resumed_at" in line] == [1]
 
 
+def test_a_snapshot_of_rows_alone_is_continued_and_noted_too(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    first = StageRecorder(stage)
+    first.resume()
+    save_always(first)
+    first.step(1, 3, {"coefficient": 0.5}, dict)
+    second = StageRecorder(stage)
+    assert second.resume() == {} and second.rows == [{"step": 1, "coefficient": 0.5}]
+    assert "continuing after step 1" in capsys.readouterr().out
+
+
 def test_a_snapshot_is_due_by_steps_too(stage: Stage) -> None:
     runtime = dataclasses.replace(stage.params.runtime, checkpoint_steps=2)
     stage.params = dataclasses.replace(stage.params, runtime=runtime)

@@ -304,8 +304,9 @@ def test_prefects_server_that_stays_away(toy: Project, made: Project, prefect: S
 
 
 @pytest.mark.skipif(not toys.PROC.exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("stage", ["prepare", "base"])  # base is forked from a warm Python, another child of the flow
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(  # base is forked from a warm Python, another child of the flow
+    ("stage", "sign", "code"), [("prepare", signal.SIGTERM, 143), ("base", signal.SIGKILL, -9)]
+)
 def test_a_flow_with_a_server_of_its_own_leaves_nothing_behind(
     toy: Project, begin: Begin, stage: str, sign: signal.Signals, code: int
 ) -> None:

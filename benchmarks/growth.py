@@ -23,18 +23,14 @@ AXES = {
 }
 WORK = {"width": ("train", "score"), "length": ("train", "score"), "vocabulary": ("train", "score", "sample")}
 WORK |= {"rows": ("score", "sample"), "candidates": ("sample",)}
-TIMES = 3  # of each point; the least counts: other work can only add to it
 
 
 def family(results: Results, runs: int) -> None:
-    """CPU time and peak memory of each point; `runs` is not used."""
+    """CPU time and peak memory of each point, the least of `runs`: other work can only add to it."""
     for axis, sizes in AXES.items():
         for work in WORK[axis]:
-            worker = Worker(Side("benchmarks.growth:points", {"axis": axis, "work": work}))
-            try:
-                answers = {size: [worker.run(size) for _ in range(TIMES)] for size in sizes}
-            finally:
-                worker.close()
+            with Worker(Side("benchmarks.growth:points", {"axis": axis, "work": work})) as worker:
+                answers = {size: [worker.run(size) for _ in range(runs)] for size in sizes}
             cpu = {size: min(one["cpu"] for one in given) for size, given in answers.items()}
             peak = {f"peak_mib_{size}": given[-1]["peak_mib"] for size, given in answers.items()}
             results.figure(

@@ -38,11 +38,8 @@ def family(results: Results, runs: int) -> None:
 
 def _best(work: str, shape: str, runs: int) -> Figures:
     """The highest figures over the runs: other work on the machine can only lower them."""
-    worker = Worker(Side(f"benchmarks.limit:{work.split('_')[0]}", _options(work, shape)))
-    try:
+    with Worker(Side(f"benchmarks.limit:{work.split('_')[0]}", _options(work, shape))) as worker:
         given = [worker.run(repeat)["figures"] for repeat in range(runs + 1)]
-    finally:
-        worker.close()
     return {name: max(one[name] for one in given) for name in given[0]}
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -88,7 +89,10 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def close(self) -> None:
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the process."""
         self.process.kill()
         self.process.communicate()
@@ -97,16 +101,12 @@ class Worker:
 
 def alternate(sides: Mapping[str, Side], runs: int, warm_up: int = 1) -> dict[str, Measured]:
     """Run the sides in turn, A B C A B C ..., `warm_up` rounds unmeasured and then `runs` rounds."""
-    workers = {}
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    try:
-        workers = {name: Worker(side) for name, side in sides.items()}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(side)) for name, side in sides.items()}
         for repeat in range(warm_up + runs):
             for name, worker in workers.items():
                 answers[name].append(worker.run(repeat))
-    finally:
-        for worker in workers.values():
-            worker.close()
     return {
         name: Measured(
             [Run(one["cpu"], one["wall"], one["figures"]) for one in given[warm_up:]],

@@ -24,7 +24,7 @@ from benchmarks.peer_environment import PPO as TRL
 from benchmarks.peer_environment import python_with_trl
 from benchmarks.results import Results
 from benchmarks.shapes import Material, computing, make, material
-from benchmarks.worker import Figures
+from benchmarks.worker import Figures, Prepare
 
 FIRST_GAP = 1e-3  # nats; the two sides' first rewards, advantages and ratio may differ by roundings
 
@@ -68,11 +68,8 @@ def _gate(workload: str, python: str) -> Figures:
     """Both sides' first update on identical rollouts. Raises BenchmarkError where they differ."""
     found = {}
     for side in ("ours", "trl"):
-        worker = Worker(Side(f"benchmarks.ppo_first:{side}", {"workload": workload}, python))
-        try:
+        with Worker(Side(f"benchmarks.ppo_first:{side}", {"workload": workload}, python)) as worker:
             found[side] = worker.run(0)["figures"]
-        finally:
-            worker.close()
     ours, trl = found["ours"], found["trl"]
     differences = {
         "rewards": max(abs(a - b) for a, b in zip(ours["rewards"], trl["rewards"], strict=True)),
@@ -143,7 +140,7 @@ def trainer_of_ours(work: Workload, given: Material, seed: str, policy: Any) -> 
     return PPO(policy, scorers, prompts, EveryResponse(settings, prompts), settings, seed=seed, compute=compute)
 
 
-def ours(workload: str) -> Callable[[int], Callable[[], Figures]]:
+def ours(workload: str) -> Prepare:
     """Our side: a fresh trainer for each repeat, its training timed."""
     work = WORKLOADS[workload]
     given = material(work.shape)

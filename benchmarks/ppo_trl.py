@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apprentice.policy import token_logps
 from benchmarks.ppo import CLIP, EPOCHS, KL, LAMBDA, RATE, WORKLOADS, Workload, figures, order
 from benchmarks.shapes import MADE, Material, computing, material
-from benchmarks.worker import Figures
+from benchmarks.worker import Figures, Prepare
 
 
 class LogRatio(nn.Module):
@@ -136,7 +136,7 @@ def _trl_arguments(work: Workload, seed: int, rate: float) -> Any:
     )
 
 
-def trl(workload: str, collect: bool = True) -> Callable[[int], Callable[[], Figures]]:
+def trl(workload: str, collect: bool = True) -> Prepare:
     """TRL's side; `collect` False makes its calls of gc.collect do nothing."""
     from trl.experimental.ppo import ppo_trainer
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -99,8 +100,6 @@ def machine() -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "trl": peer_environment.CURRENT,
         "trl_with_ppo": peer_environment.PPO,
-        "date": today(),
-        "commit": commit(),
     }
 
 
@@ -147,14 +146,17 @@ def with_table(text: str, whole: Mapping[str, Any]) -> str:
 
 def _head(whole: Mapping[str, Any]) -> list[str]:
     machine = ", ".join(f"{name} {value}" for name, value in whole["machine"].items())
-    loads = [f"{name} {given['load'][0]:.1f}" for name, given in whole["measured"].items()]
+    runs = [
+        f"{name} on {given['date']} at {given['commit']}, load {given['load'][0]:.1f}"
+        for name, given in whole["measured"].items()
+    ]
     return [
         "# Speed against peers",
         "",
         f"Measured on: {machine}.",
         "",
-        f"Load of the machine when each family began (above {whole['machine']['cores']} other work ran beside it): "
-        f"{', '.join(loads)}.",
+        f"Each family's date, commit, and load of the machine when it began (above {whole['machine']['cores']} other work ran "
+        f"beside it): {'; '.join(runs)}.",
         "",
     ]
 
@@ -192,7 +194,7 @@ def _sides(whole: Mapping[str, Any]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for key, side in whole["sides"].items():
-        cpu, wall = sorted(side["cpu"])[len(side["cpu"]) // 2], sorted(side["wall"])[len(side["wall"]) // 2]
+        cpu, wall = median(side["cpu"]), median(side["wall"])
         said = {name: value for name, value in side.items() if name not in ("cpu", "wall", "peak_mib", "begun_mib")}
         if "tokens" in said:
             said["tokens_per_cpu_second"] = said["tokens"] / cpu

@@ -11,12 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from benchmarks.measure import ROOT
 from tasks.dvcstage import read_stages
 from tasks.warm import warm_python
 
-ROOT = Path(__file__).resolve().parents[1]
 STACK = "import torch; from transformers import AutoModelForCausalLM, PreTrainedModel"
 FLOWS = ("align", "study", "serve", "ui")
 

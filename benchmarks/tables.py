@@ -2,16 +2,16 @@
 
 import os
 import random
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from apprentice.demonstrations import write_jsonl
-from benchmarks.measure import ENVIRONMENT, ROOT, BenchmarkError, exponent
+from benchmarks.measure import ENVIRONMENT, BenchmarkError, exponent
 from benchmarks.results import Results
+from benchmarks.worker import peak_mib
+from tests.conftest import copy_project
 
 SIZES = (10_000, 100_000)
 SMALLEST = 1_000  # rows whose time stands for what a stage takes to start
@@ -21,8 +21,9 @@ STAGES = ("ingest", "validate")
 def family(results: Results, runs: int) -> None:
     """CPU time, rows a second beyond the start, and peak memory of each stage at each size; `runs` is not used."""
     with tempfile.TemporaryDirectory() as folder:
-        project = copy_of_project(Path(folder))
-        found = {size: measure(project, size) for size in (SMALLEST, *SIZES)}
+        project = copy_project(Path(folder))
+        project.set(ingest__source__kind="jsonl", ingest__source__path="source.jsonl")
+        found = {size: measure(project.root, size) for size in (SMALLEST, *SIZES)}
     for stage in STAGES:
         start = found[SMALLEST][stage]
         for size in SIZES:
@@ -31,22 +32,6 @@ def family(results: Results, runs: int) -> None:
             results.figure(f"tables/{stage}/{size}", {"cpu": cpu, "wall": wall, "rows_per_cpu_second": speed, "peak_mib": peak})
         grown = {size: found[size][stage][0] - start[0] for size in SIZES}
         results.figure(f"tables/{stage}/growth", {"start_cpu": start[0], "exponent": exponent(grown)})
-
-
-def copy_of_project(folder: Path) -> Path:
-    """The parts of the project that a stage needs, its source set to a file of ours."""
-    import yaml
-
-    for part in ("apprentice", "tasks", "methods"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "dvc.lock"))
-    (folder / ".dvc").mkdir()
-    shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
-    for part in (".dvcignore", "dvc.yaml"):
-        shutil.copy(ROOT / part, folder / part)
-    params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["ingest"]["source"] |= {"kind": "jsonl", "path": "source.jsonl"}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    return folder
 
 
 def measure(project: Path, size: int) -> dict[str, tuple[float, float, float]]:
@@ -83,5 +68,4 @@ def run_stage(project: Path, stage: str) -> tuple[float, float, float]:
     _, status, used = os.wait4(child, 0)
     if status:
         raise BenchmarkError(f"tasks.{stage} failed:\n{log.read_text()[-2000:]}")
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return used.ru_utime + used.ru_stime, time.perf_counter() - began, used.ru_maxrss / unit
+    return used.ru_utime + used.ru_stime, time.perf_counter() - began, peak_mib(used)

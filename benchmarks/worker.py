@@ -36,10 +36,10 @@ def timed(work: Callable[[], Figures]) -> dict[str, Any]:
     return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "figures": figures}
 
 
-def peak_mib() -> float:
-    """The most memory this process has held so far, MiB."""
+def peak_mib(used: resource.struct_rusage | None = None) -> float:
+    """The most memory a process held, MiB: this one so far, or the one that has used so much."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return (used or resource.getrusage(resource.RUSAGE_SELF)).ru_maxrss / unit
 
 
 if __name__ == "__main__":

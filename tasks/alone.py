@@ -1,4 +1,4 @@
-"""Lock files that let one process at a time through and end with it, and a process that ends with its parent."""
+"""Lock files that let one process at a time through and end with it, and a process that ends with its DVC."""
 
 import fcntl
 import os
@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 PARENT = 1.0  # seconds between two looks at the parent
 
@@ -32,13 +34,23 @@ def hold(path: Path, say: Callable[[str], None]) -> tuple[IO[str], bool]:
     return file, waited
 
 
-def end_with_parent() -> None:
-    """Send this process SIGTERM once the process that started it is gone."""
-    parent = os.getppid()
+def end_with_dvc() -> None:
+    """Send this process SIGTERM once the DVC that started it is gone, however that ended."""
+    first = _started_by()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while _started_by() == first:
             time.sleep(PARENT)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True, name="end with parent").start()
+    threading.Thread(target=watch, daemon=True, name="end with DVC").start()
+
+
+def _started_by() -> tuple[int, int | None]:
+    """The parent; where that is the shell in which DVC runs a command (some shells stay, some become it), its parent too."""
+    parent, shell = os.getppid(), Path(os.environ.get("SHELL") or "/bin/sh").name
+    try:
+        above = psutil.Process(parent)
+        return parent, above.ppid() if above.name() == shell else None
+    except psutil.Error:
+        return parent, None

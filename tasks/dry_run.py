@@ -133,18 +133,14 @@ def _needs(
     }
     for stage, tokens in work.items():
         one = models.get(stage) or needs.measured_beside([stage.partition("@")[2]])
-        on_trunk = adapter if one.trained and stage != "pretrain" else None
-        room = footprint(*_shapes(one, shape, on_trunk), compute, one.samples)
+        if adapters := bool(adapter and one.trained and stage != "pretrain"):
+            shapes = needs.on_trunks(one.trained, one.frozen, lambda _: "base", lambda _: shape, lambda _: adapter)
+        else:
+            shapes = [shape] * len(one.trained), [shape] * len(one.frozen)
+        room = footprint(*shapes, compute, one.samples)
         memory = room.certain if pinned and stage == "pretrain" else room.memory
-        flops = tokens.flops(shape.parameters, compute.gradient_checkpointing, bool(on_trunk))
+        flops = tokens.flops(shape.parameters, compute.gradient_checkpointing, adapters)
         yield Need(stage, memory, room.outputs, room.snapshots, flops)
-
-
-def _shapes(one: needs.Needs, whole: "Shape", adapter: "Shape | None") -> tuple[list["Shape"], list["Shape"]]:
-    """Of what is trained and what is frozen: whole models, or an adapter for each and one trunk, the base, below them."""
-    if adapter is None:
-        return [whole] * len(one.trained), [whole] * len(one.frozen)
-    return [adapter] * len(one.trained), [whole, *(adapter for name in one.frozen if name != "base")]
 
 
 def _download(params: Params, config: "PretrainedConfig", parameters: int) -> int:

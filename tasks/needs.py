@@ -1,7 +1,10 @@
 """Which models a stage trains, which it has frozen beside them, and whether it samples: its room follows from that."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from apprentice.footprint import Shape
 
 
 class Needs(NamedTuple):
@@ -35,3 +38,21 @@ PREFERRED = Needs(["sft"], ["sft"], False)  # of preference optimisation: the po
 def measured_beside(parts: Sequence[str]) -> Needs:
     """Of the evaluation of a model that is loaded from these."""
     return Needs([], list(dict.fromkeys((*parts, "sft", "base"))), True)
+
+
+def on_trunks(
+    trained: Sequence[str],
+    frozen: Sequence[str],
+    trunk_of: Callable[[str], str],
+    whole: "Callable[[str], Shape]",
+    adapter: "Callable[[str], Shape]",
+) -> "tuple[list[Shape], list[Shape]]":
+    """Shapes of what is trained and of what is frozen where only adapters are trained: each trunk once, and the adapters.
+
+    `trunk_of` names the model that one stands on, itself where it is no adapter; `whole` and `adapter` give the shapes of a
+    trunk and of an adapter on it.
+    """
+    trunks = {name: trunk_of(name) for name in [*trained, *frozen]}
+    below = [whole(trunk) for trunk in dict.fromkeys(trunks.values())]
+    held = [adapter(trunks[name]) for name in dict.fromkeys(frozen) if trunks[name] != name]
+    return [adapter(trunks[name]) for name in trained], [*below, *held]

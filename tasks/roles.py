@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from apprentice.lora import ADAPTER, Trunk, adapter_shape, read_origin
 from apprentice.policy import load_policy
 from tasks import room
 from tasks.checkpoints import lineage, model_folder, policy_of, refused_in_a_line, scorers_of
+from tasks.needs import on_trunks
 from tasks.stage import Stage, StageError
 
 Load = Callable[[Path, Compute], Any]
@@ -34,12 +36,15 @@ def preflight(stage: Stage, compute: Compute, trained: Sequence[str], frozen: Se
     """`tasks.room.preflight` for the models that `roles_of` loads: each trunk once, and adapters."""
     if not stage.params.lora.rank:
         return room.preflight(stage, compute, trained, frozen, samples)
-    trunks = {name: trunk_of(stage, name) for name in [*trained, *frozen]}
     with refused_in_a_line():
-        adapters = {name: adapter_shape(room.config_of(stage, trunk), stage.params.lora) for name, trunk in trunks.items()}
-    below = [shape_of(room.config_of(stage, trunk)) for trunk in dict.fromkeys(trunks.values())]
-    held = [adapters[name] for name in dict.fromkeys(frozen) if trunks[name] != name]
-    room.check_shapes(stage, compute, [adapters[name] for name in trained], [*below, *held], samples)
+        shapes = on_trunks(
+            trained,
+            frozen,
+            lambda name: trunk_of(stage, name),
+            lambda trunk: shape_of(room.config_of(stage, trunk)),
+            cache(lambda trunk: adapter_shape(room.config_of(stage, trunk), stage.params.lora)),
+        )
+    room.check_shapes(stage, compute, *shapes, samples)
 
 
 def model_to_train(stage: Stage, init: str, compute: Compute, load: Load, heads: Sequence[str]) -> Any:

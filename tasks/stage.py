@@ -20,7 +20,7 @@ from typing import IO, Any
 from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
 from apprentice.finite import NumbersError, all_finite
-from tasks.alone import end_with_parent, hold
+from tasks.alone import end_with_dvc, hold
 from tasks.history import History
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,7 +280,7 @@ def _begin(stage: Stage) -> None:
         for path in outputs_of(stage.label):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if not by_hand:
-        end_with_parent()  # a DVC that is killed would leave it behind
+        end_with_dvc()  # which, killed, would leave it behind
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stage.ask_to_stop)
     stage.reports.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What `.telemetry/<stage>.jsonl` tells of the execution that wrote a stage's files: times, rate, device."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ EARLY, LATE = 2.0, 60.0  # seconds by which a file's time may lie outside the ex
 
 @dataclass(frozen=True)
 class Execution:
-    """One execution of a stage: its events from `started` to `finished`."""
+    """One execution of a stage: its events from `started` on, to `finished` where it came to its end."""
 
     events: tuple[dict[str, Any], ...]
 
@@ -23,6 +24,11 @@ class Execution:
     def ended(self) -> float:
         """When it finished."""
         return float(self.events[-1]["time"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return bool(self.events[-1].get("event") == "finished")
 
     def figures(self) -> dict[str, float]:
         """Wall time and the last rate, as metrics."""
@@ -39,15 +45,22 @@ class Execution:
 
 def execution_of(root: Path, label: str, written: float) -> Execution | None:
     """The last execution that can have written a file of that modification time; None for a file pulled later."""
+    fitting = [one for one in executions_of(root, label) if one.finished and one.began - EARLY <= written <= one.ended + LATE]
+    return fitting[-1] if fitting else None
+
+
+def executions_of(root: Path, label: str) -> Iterator[Execution]:
+    """Every execution of a stage, in their order."""
     path = root / ".telemetry" / f"{label}.jsonl"
     events: list[dict[str, Any]] = []
-    found = None
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             event = json.loads(line)
         except ValueError:  # a line cut short by a crash
             continue
-        events = [event] if event.get("event") == "started" else [*events, event]
-        if event.get("event") == "finished" and events[0]["time"] - EARLY <= written <= event["time"] + LATE:
-            found = Execution(tuple(events))
-    return found
+        if event.get("event") == "started" and events:
+            yield Execution(tuple(events))
+            events = []
+        events.append(event)
+    if events:
+        yield Execution(tuple(events))

@@ -11,28 +11,25 @@ import sys
 from pathlib import Path
 
 from tasks.preset import merge
-from tasks.stage import ROOT, Params, Stage, read_params
+from tasks.stage import ROOT, Stage, read_params
 
 STAGES = ("ingest", "tokenizer", "validate", "pretrain", "sft", "sft_tuned", "srppo", "pairs", "rso", "evaluate", "report")
 
 
-def run(name: str, params: Params, item: str | None = None) -> None:
-    """One stage, as `tasks.stage.run` does it, without DVC's word on what the work is."""
-    stage = Stage(name, params, item)
+def run_here(stage: Stage) -> None:
+    """What `tasks.stage.run` does around a stage's work, in this process, without DVC's word on what the work is."""
     stage.__dict__["key"] = "0"
     stage.reports.mkdir(parents=True, exist_ok=True)
-    importlib.import_module(f"tasks.{name}").main(stage)
+    importlib.import_module(f"tasks.{stage.name}").main(stage)
     stage.finish()
 
 
 def try_here(folder: Path) -> None:
     """The trial of a checkpoint without the child process, which would load torch again each time."""
-    from apprentice import checkpoint_trial as trial
+    from apprentice import checkpoint_trial
 
-    model = trial.build(folder)
-    tokenizer = trial.read_tokenizer(folder, model.get_input_embeddings().weight.size(0))
-    trial.render(folder, tokenizer)
-    trial.check_finite(folder)
+    checkpoint_trial.begin = lambda *_: None  # no CPU limit on this process
+    checkpoint_trial.trial(folder)
 
 
 def main(checkpoints: list[str]) -> None:
@@ -50,10 +47,10 @@ def main(checkpoints: list[str]) -> None:
         params = read_params()
         for name in STAGES:
             for item in params.evaluate.models if name == "evaluate" else [None]:
-                run(name, params, item)
+                run_here(Stage(name, params, item))
         with Repo(str(ROOT)) as repo:
             repo.commit("report", with_deps=True, force=True)
-        run("register", params)
+        run_here(Stage("register", params))
         report = json.loads((ROOT / "data/reports/report.json").read_text())
         registry = json.loads((ROOT / "data/reports/registry.json").read_text())
         print(json.dumps({"checkpoint": Path(checkpoint).name, "models": report["models"], "registry": registry}), flush=True)

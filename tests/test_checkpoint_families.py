@@ -7,28 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from apprentice.demonstrations import read_jsonl
 from tests.apprentice.families import tiny
+from tests.chat_tokenizers import CHATML, GEMMA, LLAMA, byte_level
 from tests.conftest import Project, copy_project
 from tests.toy import empty_store
 
 pytestmark = pytest.mark.slow
 MODELS = ["base", "sft", "sft_tuned", "srppo", "rso"]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA = (
-    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
 TEMPLATES = {"qwen2": CHATML, "llama": LLAMA, "gemma2": GEMMA, "gpt2": None}
 SPECIAL: dict[str, dict[str, str]] = {
     "qwen2": {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
@@ -79,11 +67,7 @@ def rows() -> list[dict[str, str]]:
 
 def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE with the family's special tokens and template."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    texts = [text for row in rows() for text in row.values()]
-    model.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    model = byte_level([text for row in rows() for text in row.values()])
     model.add_special_tokens(list(dict.fromkeys([*SPECIAL[family].values(), *MARKS.get(family, [])])))
     made = PreTrainedTokenizerFast(tokenizer_object=model, **SPECIAL[family])
     made.chat_template = TEMPLATES[family]

@@ -5,7 +5,6 @@
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from tasks.preset import apply
+from tasks.telemetry import Execution, executions_of
 from tests.conftest import ROOT, Project, copy_project
 
 RESULTS = ROOT / "tests" / "chaos" / "results.md"
@@ -53,29 +53,19 @@ class Victim:
 
     def __init__(self, project: Project, label: str, environment: dict[str, str]) -> None:
         self.project, self.label, self.environment = project, label, environment
-        self.telemetry = project.root / ".telemetry" / f"{label}.jsonl"
         self.outputs = outputs_in_lock(project, label)
-        built = next(
-            events for events in reversed(self.executions()) if events[-1]["event"] == "finished" and not _resumed(events)
-        )
-        self.points = [event["step"] for event in built if event["event"] == "saved"]
-        self.seconds = built[-1]["time"] - built[0]["time"]
+        undisturbed = [one for one in executions_of(project.root, label) if one.finished and _resumed(one.events) is None]
+        self.points = [event["step"] for event in undisturbed[-1].events if event["event"] == "saved"]
+        self.seconds = undisturbed[-1].ended - undisturbed[-1].began
 
-    def executions(self) -> list[list[dict[str, Any]]]:
-        """The events of each execution, the one begun last at the end."""
-        found: list[list[dict[str, Any]]] = []
-        for line in self.telemetry.read_text().splitlines():
-            event = json.loads(line) if line.endswith("}") else {}
-            if event.get("event") == "started":
-                found.append([])
-            if event:
-                found[-1].append(event)
-        return found
+    def last(self) -> Execution:
+        """The execution begun last."""
+        return list(executions_of(self.project.root, self.label))[-1]
 
-    def since(self, begun: float) -> list[dict[str, Any]]:
+    def since(self, begun: float) -> Sequence[dict[str, Any]]:
         """The events of the execution begun last, if that was not before; killed early, it has told nothing."""
-        events = self.executions()[-1]
-        return events if events[0]["time"] >= begun else []
+        last = self.last()
+        return last.events if last.began >= begun else ()
 
     def start(self) -> subprocess.Popen[str]:
         """The command that a user would give: the stage's outputs go first."""
@@ -114,7 +104,7 @@ class Victim:
 
     def resumed_at(self) -> int | None:
         """What the execution begun last went on after."""
-        return _resumed(self.executions()[-1])
+        return _resumed(self.last().events)
 
     def digest(self) -> str:
         """One hash of all outputs, names and bytes; of a missing one too."""
@@ -126,7 +116,7 @@ class Victim:
         return total.hexdigest()
 
 
-def _resumed(events: list[dict[str, Any]]) -> int | None:
+def _resumed(events: Sequence[dict[str, Any]]) -> int | None:
     """The step an execution went on after."""
     return next((event["resumed_at"] for event in events if event["event"] == "resumed"), None)
 

@@ -12,21 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from apprentice.judge import judge_prompts
 from apprentice.tokens import SPECIAL, encode_prompt, encode_prompts, encode_response, reserved_tokens, train_word_tokenizer
+from tests.chat_tokenizers import CHATML, GEMMA, LLAMA, byte_level
 from tests.properties.strategies import INVISIBLE, SPACES, printable, steady
 
 TEXTS = ["tom has 3 apples", "yes : 3 + 4 = 7", "no </s> is no end", "<|im_start|>user is text"]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA = (
-    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
 
@@ -39,17 +28,9 @@ def words() -> PreTrainedTokenizerFast:
     return train_word_tokenizer([*TEXTS, " ".join([*SPECIAL, "<unk>"])], 200)
 
 
-def byte_level() -> Tokenizer:
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
-    return model
-
-
 def gpt2() -> PreTrainedTokenizerFast:
     """No template: one special token begins and ends everything."""
-    model = byte_level()
+    model = byte_level(TEXTS)
     model.add_special_tokens(["<|endoftext|>"])
     tokenizer = wrapped(model, "", bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
     tokenizer.chat_template = None
@@ -58,7 +39,7 @@ def gpt2() -> PreTrainedTokenizerFast:
 
 def qwen() -> PreTrainedTokenizerFast:
     """Role markers are special; others that are not, such as <think>, are text."""
-    model = byte_level()
+    model = byte_level(TEXTS)
     model.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     model.add_tokens(["<think>", "</think>"])
     return wrapped(model, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -66,7 +47,7 @@ def qwen() -> PreTrainedTokenizerFast:
 
 def plain_markers() -> PreTrainedTokenizerFast:
     """Role markers that nobody called special."""
-    model = byte_level()
+    model = byte_level(TEXTS)
     model.add_special_tokens(["<|endoftext|>"])
     model.add_tokens(["<|im_start|>", "<|im_end|>"])
     return wrapped(model, CHATML, eos_token="<|endoftext|>")
@@ -74,7 +55,7 @@ def plain_markers() -> PreTrainedTokenizerFast:
 
 def normalising() -> PreTrainedTokenizerFast:
     """Special tokens are sought after normalisation, which makes them out of other characters."""
-    model = byte_level()
+    model = byte_level(TEXTS)
     model.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex("\u200b"), "")])
     model.add_special_tokens([AddedToken(text, normalized=True) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     return wrapped(model, CHATML, eos_token="<|im_end|>")

@@ -77,12 +77,13 @@ def begun(toy: Project) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_stage_whose_dvc_is_killed_saves_and_ends(toy: Project) -> None:
-    child, log = begin(toy, "-m", "dvc", "repro", "prepare"), toy.path("output.txt")
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])  # the one may stay as DVC's child, the other becomes the stage
+def test_a_stage_whose_dvc_is_killed_saves_and_ends(toy: Project, shell: str) -> None:
+    child, log = begin(toy, "-m", "dvc", "repro", "prepare", SHELL=shell), toy.path("output.txt")
     wait_for(lambda: begun(toy), log=log)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    toy_again = begin(toy, "-m", "dvc", "repro", "prepare")
+    toy_again = begin(toy, "-m", "dvc", "repro", "prepare", SHELL=shell)
     wait_for(lambda: len(begun(toy)) == 2, log=log)
     assert not runs(begun(toy)[0]) and toy.path("saved").exists()
     toy.path("go").touch()

@@ -13,12 +13,13 @@ from apprentice.compute import CPU
 from apprentice.footprint import shape_of
 from apprentice.lora import ADAPTER, Role, adapter_shape, read_origin
 from apprentice.policy import PINNED, file_hashes
-from tasks import bt_reward, evaluate, ingest, pairs, pretrain, roles, rso, sft, srppo, tokenizer
+from tasks import roles
 from tasks.checkpoints import lineage
 from tasks.roles import preflight, roles_of, trunk_of
 from tasks.stage import Stage, StageError
 from tests.apprentice.test_lora import CONFIG, logits, stirred
 from tests.apprentice.toys import tiny_llama
+from tests.main_line import run_here
 from tests.tables import write_model
 
 StageOf = Callable[..., Stage]
@@ -137,14 +138,6 @@ def test_the_room_is_that_of_one_trunk_and_adapters(stage: Stage, monkeypatch: p
     assert asked == [([adapter, adapter], [shape_of(config), adapter], True)]
 
 
-def run(stage: Stage, module: Any) -> None:
-    """What `tasks.stage.run` does around the work, in this process."""
-    stage.__dict__["key"] = "0123"  # without a DVC project there is none to compute
-    stage.reports.mkdir(parents=True, exist_ok=True)
-    module.main(stage)
-    stage.finish()
-
-
 def bytes_under(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -152,23 +145,23 @@ def bytes_under(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_the_main_line_runs_with_adapters_and_goes_on_from_a_snapshot_with_the_same_bytes(stage_of: StageOf) -> None:
     settings = {**SMALL, **RANK_4, "runtime.checkpoint_steps": 1}
-    for name, module in (("ingest", ingest), ("tokenizer", tokenizer), ("pretrain", pretrain), ("sft", sft), ("srppo", srppo)):
-        run(stage_of(name, **settings), module)
+    for name in ("ingest", "tokenizer", "pretrain", "sft", "srppo"):
+        run_here(stage_of(name, **settings))
     models = stage_of("sft", **settings).data / "models"
     undisturbed = bytes_under(models / "srppo")
     (models / "srppo").rename(models / "first")
     stopped = stage_of("srppo", **settings)
     stopped.stop_signal = 15
     with pytest.raises(SystemExit):
-        run(stopped, srppo)
+        run_here(stopped)
     assert not (models / "srppo").exists()
-    run(stage_of("srppo", **settings), srppo)
+    run_here(stage_of("srppo", **settings))
     assert bytes_under(models / "srppo") == undisturbed and f"{ADAPTER}/trunk.json" in undisturbed
-    for name, module in (("pairs", pairs), ("rso", rso), ("bt_reward", bt_reward)):
-        run(stage_of(name, **settings), module)
+    for name in ("pairs", "rso", "bt_reward"):
+        run_here(stage_of(name, **settings))
     measured = stage_of("evaluate", **settings)
     measured.item, measured.reports = "rso", measured.data / "reports" / "evaluate" / "rso"
-    run(measured, evaluate)
+    run_here(measured)
     figures = json.loads((measured.reports / "metrics.json").read_text())
     assert figures["in_domain/kl_to_sft"] != 0 and figures["validation/held_out_loss"] > 0
     base = AutoModelForCausalLM.from_pretrained(models / "base").state_dict()

@@ -50,9 +50,11 @@ def judge(claim: Claim, study: Study, figures: Figures, seeds: int) -> dict[str,
         "command": command(seeds),
         "test": f"{claim.test} {claim.margin:g}",
         "by_seed": [round(value, PLACES) + 0.0 for value in by_seed],
+        "post_hoc": claim.post_hoc,
     }
-    if missing or len(taken) < 2:
-        found["note"] = f"no figures: {', '.join(missing)}" if missing else "an interval takes two seeds"
+    gap = f"no figures: {', '.join(missing)}" if missing else "an interval takes two seeds" if len(taken) < 2 else ""
+    if notes := list(filter(None, (gap, claim.note))):
+        found["note"] = "; ".join(notes)
     return found
 
 
@@ -109,14 +111,15 @@ def _gaps(claim: Claim, figures: Figures, seed: int) -> list[str]:
 
 
 def document(judged: Sequence[tuple[Claim, dict[str, Any]]], seeds: int, claims_at: str) -> str:
-    """The whole of claims.md; `claims_at` says which claims.yaml was tested."""
+    """The whole of claims.md; `claims_at` says which claims.yaml was tested, and since when there is one."""
     counts = [f"{word} {sum(one['verdict'] == word for _, one in judged)}" for word in (HOLDS, FAILS, OPEN)]
     parts = [
         "# Claims of the papers, tested here",
         f"{len(judged)} claims: {', '.join(counts)}.",
-        f"`{command(seeds)}`; claims, tests and runs were written down first, in `study/claims.yaml` ({claims_at}). The "
-        "published figures are on other tasks and models: only the direction is tested. Effects are in points, of rewards in "
-        "nats, with 95% intervals, Student's t over seeds.",
+        f"`{command(seeds)}`; claims, tests and runs were written down before the runs, in `study/claims.yaml` ({claims_at}), "
+        "but for those marked *post hoc*, which were written down after their figures were seen. The published figures are on "
+        "other tasks and models: only the direction is tested. Effects are in points, of rewards in nats, with 95% intervals, "
+        "Student's t over seeds.",
     ]
     for paper in dict.fromkeys(claim.paper for claim, _ in judged):
         own = [(claim, one) for claim, one in judged if claim.paper == paper]
@@ -150,4 +153,5 @@ def is_share(metric: str) -> bool:
 
 def _verdict_cell(one: Mapping[str, Any]) -> str:
     word = one["verdict"] if one["verdict"] == OPEN else f"**{one['verdict']}**"
+    word += " (*post hoc*)" if one["post_hoc"] else ""
     return f"{word}: {one['note']}" if "note" in one else word

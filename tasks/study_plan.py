@@ -31,7 +31,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Claim:
-    """An effect and what is claimed of it: `test` is "above" or "within", `margin` its number."""
+    """An effect and what is claimed of it: `test` is "above" or "within", `margin` its number. post_hoc: written down after its
+    figures were seen. note: what a reader must know to weigh it, or empty."""
 
     paper: str
     claim: str
@@ -40,6 +41,8 @@ class Claim:
     metric: dict[str, float]
     test: str
     margin: float
+    post_hoc: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,10 @@ def _run(name: str, raw: Any) -> Run:
 def _claim(raw: Any) -> Claim:
     what = f"claim {raw.get('claim')!r}" if isinstance(raw, dict) else "a claim"
     test = next((key for key in ("above", "within") if isinstance(raw, dict) and key in raw), "above")
-    _expect(raw, what, {"paper", "claim", "published", "effect", "metric", test})
+    _expect(raw, what, {"paper", "claim", "published", "effect", "metric", test}, ["post_hoc", "note"])
     published = {True: "yes", False: "no"}.get(raw["published"], raw["published"])  # YAML's words for true and false
-    return Claim(raw["paper"], raw["claim"], published, raw["effect"], raw["metric"], test, float(raw[test]))
+    margin, more = float(raw[test]), {key: raw[key] for key in ("post_hoc", "note") if key in raw}
+    return Claim(raw["paper"], raw["claim"], published, raw["effect"], raw["metric"], test, margin, **more)
 
 
 def _plot(name: str, raw: Any) -> Plot:

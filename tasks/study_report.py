@@ -43,15 +43,16 @@ def count_seeds(figures: Figures) -> int:
 
 
 def committed(path: Path) -> str:
-    """The commit that last changed a file, in words; says so when the file differs from it."""
+    """The first and the last commit of a file, in words; says so when the file differs from the last."""
     try:
-        commit = git("log", "-1", "--format=%h", "--", str(path)).strip()
+        commits = git("log", "--format=%h", "--", str(path)).split()
         changed = git("status", "--porcelain", "--", str(path)).strip()
     except StudyError:
         return "not under git"
-    if not commit:
+    if not commits:
         return "not committed"
-    return f"commit {commit}, with uncommitted changes" if changed else f"commit {commit}"
+    known = f"commit {commits[0]}" if len(commits) == 1 else f"first in commit {commits[-1]}, now {commits[0]}"
+    return f"{known}, with uncommitted changes" if changed else known
 
 
 def published() -> str:

@@ -1,5 +1,6 @@
 """Effects and verdicts by hand, and what is published from them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_claim_is_judged_over_seeds() -> None:
     assert found["verdict"] == "holds" and found["command"] == "python -m flows.study --seeds 3" and "note" not in found
     assert found["metric"] == f"0.5 {GREEDY} + 0.5 {OUT} of rso - sft" and found["test"] == "above 0"
     required = ["paper", "claim", "published", "metric", "effect", "low", "high", "verdict", "seeds", "command"]
-    assert list(found)[: len(required)] == required and set(found) - set(required) == {"test", "by_seed"}
+    assert list(found)[: len(required)] == required and set(found) - set(required) == {"test", "by_seed", "post_hoc"}
 
 
 def test_a_run_with_fewer_seeds_limits_its_claims() -> None:
@@ -123,6 +124,15 @@ def test_the_page_has_a_table_a_paper_and_counts_the_verdicts() -> None:
     assert "| direction only | +58.3 [+10.9, +105.8], 3 seeds | **holds** |" in text
     assert "| more | +0.750 [+0.129, +1.371] nats, 3 seeds | **holds** |" in text
     assert "not settled: no figures: " in text
+
+
+def test_a_claim_made_after_its_figures_and_a_note_are_shown() -> None:
+    later = replace(claim(), post_hoc=True, note="few steps")
+    found = judge(later, STUDY, FIGURES, 3)
+    assert found["post_hoc"] is True and judge(claim(), STUDY, FIGURES, 3)["post_hoc"] is False
+    assert "| **holds** (*post hoc*): few steps |" in document([(later, found)], 3, "commit abc")
+    alone = judge(later, STUDY, FIGURES, 1)
+    assert alone["note"] == "an interval takes two seeds; few steps"
 
 
 def test_effects_of_shares_are_in_points() -> None:

@@ -65,7 +65,8 @@ def test_every_paper_has_claims_that_name_known_figures() -> None:
     papers = [claim.paper for claim in study.claims]
     assert set(papers) == set(TITLES) and min(map(papers.count, TITLES)) >= 2
     calibration = {"judge_accuracy", "bt_reward_accuracy", "judge_calibration_error", "bt_reward_calibration_error"}
-    own = {"calibration": calibration | {"judge_flip_rate"}}  # metrics of a stage instead of a model
+    own = {"calibration": calibration | {"judge_flip_rate"}, "sft": {"gate"}}  # metrics of a stage instead of a model
+    own["vectors"] = {"own_format_share", "target_own_format_share"}
     for claim in study.claims:
         assert all(isinstance(factor, int | float) for factors in (claim.effect, claim.metric) for factor in factors.values())
         for name in claim.effect:
@@ -78,7 +79,14 @@ def test_a_claims_file_is_read_whole(tmp_path: Path) -> None:
     assert study.runs["a"] == Run("a", {"rso.loss": "hinge"}, ("rso", "crlft"), None)
     (claim,), (plot,) = study.claims, study.plots
     assert (claim.test, claim.margin, claim.published) == ("within", 0.5, "yes")
+    assert (claim.post_hoc, claim.note) == (False, "")
     assert (plot.runs, plot.x, plot.y, plot.models) == (("b", "main"), (1.0, 3.0), ("gate",), ("sft",))
+
+
+def test_a_claim_says_when_it_was_made_and_what_to_know(tmp_path: Path) -> None:
+    claim = {**RAW["claims"][0], "post_hoc": True, "note": "few steps"}
+    (read,) = study_of(tmp_path, {**RAW, "claims": [claim]}).claims
+    assert (read.post_hoc, read.note) == (True, "few steps")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from apprentice.config import Params
 from tasks import study_runs
 from tasks.slots import Slots
 from tasks.study_plan import Job, Run, StudyError, seeds_of
+from tasks.study_report import committed
 from tasks.study_runs import (
     STARTED,
     Experiments,
@@ -154,6 +155,17 @@ def test_results_and_locks_may_be_uncommitted(root: Path) -> None:
         (root / name).write_text("changed")
     refuse_uncommitted()
     assert "figures.json" in git("status", "--porcelain", "-uall")
+
+
+def test_a_file_is_known_by_its_first_and_last_commit(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "study" / "claims.yaml"
+    assert committed(path) == "not committed"
+    first = change(root, {"study/claims.yaml": "a"})[:7]
+    assert committed(path) == f"commit {first}"
+    last = change(root, {"study/claims.yaml": "b"})[:7]
+    assert committed(path) == f"first in commit {first}, now {last}"
+    path.write_text("c")
+    assert committed(path) == f"first in commit {first}, now {last}, with uncommitted changes"
 
 
 def test_git_says_what_went_wrong(root: Path) -> None:

@@ -236,10 +236,34 @@ def empty_store() -> Path:
     """An MLflow database with nothing in it, to copy: making one takes seconds."""
     import mlflow
 
-    path = Path(tempfile.mkdtemp()) / "mlflow.db"
+    path = _scratch() / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    atexit.register(shutil.rmtree, path.parent)
     return path
+
+
+@cache
+def empty_prefect() -> Path:
+    """The same of Prefect, whose every new server would make it."""
+    home = _scratch()
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    subprocess.run(command, cwd=home, env={**clean, "PREFECT_HOME": str(home)}, check=True, capture_output=True)
+    return home / "prefect.db"
+
+
+def _scratch() -> Path:
+    path = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, path)
+    return path
+
+
+def with_stores(project: Project, mlflow: bool = True) -> Project:
+    """Give a project the empty databases of Prefect's own server and, unless told otherwise, of MLflow."""
+    project.path(".prefect").mkdir()
+    shutil.copy(empty_prefect(), project.path(".prefect/prefect.db"))
+    if mlflow:
+        shutil.copy(empty_store(), project.path("mlflow.db"))
+    return project
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import pytest
 
 from flows.command import answers
 from tests.conftest import Project
-from tests.toy import begin, environment, free_port, knobs, make_toy, run, runs, wait_for
+from tests.toy import begin, empty_prefect, environment, free_port, knobs, make_toy, run, runs, wait_for, with_stores
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API address of a Prefect server that lives as long as this module's tests."""
     home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    shutil.copy(empty_prefect(), home)
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     own |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true"}
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
@@ -35,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Project:
-    return make_toy(tmp_path / "toy")
+    return with_stores(make_toy(tmp_path / "toy"))
 
 
 def flow(toy: Project, server: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -177,8 +179,8 @@ def test_only_and_force(toy: Project, server: str) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_server_a_temporary_one_serves_and_home_stays_untouched(toy: Project, tmp_path: Path) -> None:
-    home = tmp_path / "home"
+def test_without_a_server_a_temporary_one_serves_and_home_stays_untouched(tmp_path: Path) -> None:
+    toy, home = make_toy(tmp_path / "toy"), tmp_path / "home"
     home.mkdir()
     done = run(toy, "-m", "flows.align", "--only", "prepare", HOME=str(home), PREFECT_SERVER_API_PORT=str(free_port()))
     assert done.returncode == 0, done.stdout

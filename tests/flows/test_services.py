@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from flows.command import answers
 from tests import toy as toys
 from tests.conftest import Project
-from tests.toy import empty_store, free_port, knobs, make_toy, run, wait_for
+from tests.toy import empty_prefect, empty_store, free_port, knobs, make_toy, run, wait_for, with_stores
 
 pytestmark = pytest.mark.slow
 FOLLOW = """
@@ -60,6 +60,7 @@ class Service:
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("prefect")
+    shutil.copy(empty_prefect(), home)
     own = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true"}
     service = Service(home, "/api/health", ["prefect", "server", "start"], **own)
     service.start()
@@ -83,8 +84,7 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A toy after a plain `dvc repro`, for comparison and to copy."""
-    toy = make_toy(tmp_path_factory.mktemp("made") / "toy")
-    shutil.copy(empty_store(), toy.path("mlflow.db"))
+    toy = with_stores(make_toy(tmp_path_factory.mktemp("made") / "toy"))
     done = run(toy, "-m", "dvc", "repro")
     assert done.returncode == 0, done.stdout
     return toy
@@ -111,9 +111,7 @@ def begin() -> Iterator[Begin]:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Project:
-    toy = make_toy(tmp_path / "toy")
-    shutil.copy(empty_store(), toy.path("mlflow.db"))
-    return toy
+    return with_stores(make_toy(tmp_path / "toy"))
 
 
 def store(address: str, name: str = "apprentice") -> dict[str, Any]:

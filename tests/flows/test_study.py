@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import Project, copy_project
-from tests.toy import PROC, begin, begun_in, run, runs, wait_for
+from tests.toy import PROC, begin, begun_in, run, runs, wait_for, with_stores
 
 # Accuracy is strength / 4: of sft its epochs less the seed. What ran is noted in $RUNS.
 WORKER = """
@@ -94,7 +94,7 @@ def toy(tmp_path: Path) -> Project:
     git(toy, "config", "user.name", "a")
     git(toy, "config", "user.email", "a@b.c")
     commit(toy)
-    return toy
+    return with_stores(toy)
 
 
 def git(toy: Project, *words: str) -> str:

@@ -4,6 +4,7 @@ An id is a hash of the content, the split a hash of the prompt's question alone:
 question never lies on both sides, however it is spaced or encoded.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -80,9 +81,21 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
+def fsync_folder(folder: Path) -> None:
+    """Return once the folder's entries are on disk: until then a power cut can undo a rename in it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts have no such call
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that appears under its name only when it is whole and on disk."""
+    """Open a text file that appears under its name only when it is whole, and is on disk, name and all, when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -92,6 +105,7 @@ def atomic_write(path: Path) -> Iterator[IO[str]]:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+        fsync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from apprentice.compute import CPU, Compute
+from apprentice.demonstrations import fsync_folder
 from apprentice.foreign_checkpoint import inspect_checkpoint
 from apprentice.layers import set_layers
 from apprentice.tokens import Batch
@@ -85,7 +86,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Write a Hugging Face checkpoint with tokenizer, chat template, generation config and model card.
 
-    The folder appears under its name only when it is whole.
+    The folder appears under its name only when it is whole, and is on disk, name and all, when this returns.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,7 +96,10 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     for path in filter(Path.is_file, partial.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    for inside in [partial, *filter(Path.is_dir, partial.rglob("*"))]:
+        fsync_folder(inside)
     partial.rename(folder)
+    fsync_folder(folder.parent)
 
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:

@@ -198,11 +198,11 @@ class Stage:
     def resumed(self, unit: str, done: int) -> None:
         """Say and note that the stage goes on after step (or piece) `done` of an interrupted run."""
         self.say(f"continuing after {unit} {done} of an interrupted run")
-        self.telemetry(event="resumed", resumed_at=done)
+        self.telemetry(event="resumed", unit=unit, resumed_at=done)
 
     def saved(self, unit: str, done: int) -> None:
         """Note a snapshot after step (or piece) `done`; exit with 128 + signal where the stage was asked to stop."""
-        self.telemetry(event="saved", step=done)
+        self.telemetry(event="saved", unit=unit, step=done)
         if self.stop_signal:
             self.say(f"stopped; {unit} {done} is saved, and the same command goes on from there")
             raise SystemExit(128 + self.stop_signal)

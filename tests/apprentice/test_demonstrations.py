@@ -1,5 +1,8 @@
 """The canonical schema: ids, the split and the files."""
 
+import errno
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from apprentice.demonstrations import (
     atomic_write,
     demonstration,
     digest,
+    fsync_folder,
     prompt_id,
     prompt_text,
     question,
@@ -101,6 +105,28 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_is_on_disk_before_it_has_its_name_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, forced = tmp_path / "rows.jsonl", []
+    monkeypatch.setattr(os, "fsync", lambda handle: forced.append((os.fstat(handle).st_ino, path.exists())))
+    with atomic_write(path) as file:
+        file.write("rows")
+    assert forced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_only_a_file_system_without_fsync_of_folders_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    def fails(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with nullcontext() if passes else pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        assert fsync_folder(tmp_path) is None
 
 
 def test_prompt_text_reads_a_chat_in_order() -> None:

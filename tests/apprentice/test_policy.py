@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,16 @@ def test_a_saved_policy_is_whole_and_alone(saved: Path) -> None:
         file_hashes(saved)
     )
     assert (saved / "README.md").read_text() == "# A card\n"
+
+
+def test_a_saved_policy_is_on_disk_before_it_has_its_name_and_its_name_after(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, forced = tmp_path / "again", []
+    monkeypatch.setattr(os, "fsync", lambda handle: forced.append((os.fstat(handle).st_ino, folder.exists())))
+    save_policy(load_policy(saved), load_tokenizer(saved), folder, "# A card\n")
+    inside = {(path.stat().st_ino, False) for path in [folder, *folder.rglob("*")]}
+    assert set(forced[:-1]) == inside and forced[-1] == (tmp_path.stat().st_ino, True)
 
 
 def test_G6_equal_weights_have_equal_hashes(saved: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Kill running stages by a seeded schedule, run the same command again, compare the outputs with the undisturbed ones.
+"""Kill running stages by a seeded schedule, give the same command again, compare the outputs with the undisturbed ones.
 
 `python -m tests.chaos.kills` builds a project of the smoke preset in a temporary folder, then kills and prints the table.
+A killed process is no power cut: what it had written, the kernel still has. What is on disk when is tested with the writers.
 """
 
 import argparse
-import hashlib
 import os
 import random
 import signal
@@ -15,195 +15,145 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from tasks.preset import apply
-from tasks.telemetry import Execution, executions_of
+from tasks.stage import address_of
+from tests.chaos.victim import LOCKS, Blow, Hit, Victim, Way, stages_in, went_on
 from tests.conftest import ROOT, Project, copy_project
 
 RESULTS = ROOT / "tests" / "chaos" / "results.md"
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # drawn from: two in three like a power cut
-PATIENCE = 300.0  # seconds for a stage to come to a point of the schedule
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)  # drawn from: two in three leave the process no time to save
+AT_ANY_MOMENT = 1 / 3  # share of the kills drawn over all the time that a stage takes, start and end too; the rest after saves
+SOON = 0.1  # seconds after a save within which those fall
+BY_DVC, TWICE = 5, 5  # every so many runs through DVC, or killed twice
+WAYS: dict[Way, str] = {"python": "by hand", "dvc": "of DVC and its stage", "dvc alone": "of DVC alone"}
 NO_STAGE_OF_BYTES = ("register", "register_methods")  # what they write holds ids that the registry gives
 
 
 @dataclass(frozen=True)
-class Killed:
-    """One kill. saved: the last step (or piece) saved before it, None where nothing is saved on the way. resumed: what the next
-    run said it goes on after. lost: seconds from that save to the kill. same: whether the bytes in the end were the same."""
+class Run:
+    """A stage's work from its first command to its end, with so many kills."""
 
+    label: str
+    way: Way
+    kills: int
+    rng: random.Random
+
+
+@dataclass(frozen=True)
+class Killed:
+    """One kill of a run (by number). of: the saves of an undisturbed run. resumed: by unit, where what came next went on (0: it
+    began anew). same: the run ended with the undisturbed bytes, and DVC recorded the same of them."""
+
+    run: int
     stage: str
-    sign: str
-    saved: int | None
-    total: int
-    resumed: int | None
-    lost: float
+    way: Way
+    hit: Hit
+    of: int
+    resumed: dict[str, int]
     same: bool
 
     @property
+    def kept(self) -> bool:
+        """Whether nothing was done again that had been saved (a kill may fall between a save and its note)."""
+        return all(self.resumed.get(unit, done) >= done for unit, done in self.hit.saved.items())
+
+    @property
     def good(self) -> bool:
-        """The same bytes, and nothing done again that had been saved (a kill may fall between a save and its note)."""
-        return self.same and (self.saved is None or (self.resumed is not None and self.resumed >= self.saved))
+        """The same bytes, and nothing that was saved done again; from zero only where nothing had been saved."""
+        return self.same and self.kept
 
 
-class Victim:
-    """A stage of a built project, started and killed by hand."""
+def draw(victim: Victim, way: Way, rng: random.Random) -> Blow:
+    """Draw a kill."""
+    sign = rng.choice(SIGNALS)
+    if not victim.saves or rng.random() < AT_ANY_MOMENT:
+        return Blow(sign, None, rng.uniform(0.0, victim.seconds(way)))
+    return Blow(sign, rng.randrange(len(victim.saves)), rng.uniform(0.0, SOON))
 
-    def __init__(self, project: Project, label: str, environment: dict[str, str]) -> None:
-        self.project, self.label, self.environment = project, label, environment
-        self.outputs = outputs_in_lock(project, label)
-        undisturbed = [one for one in executions_of(project.root, label) if one.finished and _resumed(one.events) is None]
-        self.points = [event["step"] for event in undisturbed[-1].events if event["event"] == "saved"]
-        self.seconds = undisturbed[-1].ended - undisturbed[-1].began
 
-    def last(self) -> Execution:
-        """The execution begun last."""
-        return list(executions_of(self.project.root, self.label))[-1]
-
-    def since(self, begun: float) -> Sequence[dict[str, Any]]:
-        """The events of the execution begun last, if that was not before; killed early, it has told nothing."""
-        last = self.last()
-        return last.events if last.began >= begun else ()
-
-    def start(self) -> subprocess.Popen[str]:
-        """The command that a user would give: the stage's outputs go first."""
-        name, _, item = self.label.partition("@")
-        command = [sys.executable, "-m", f"tasks.{name}", *filter(None, [item])]
-        return subprocess.Popen(
-            command, cwd=self.project.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def kill_at(self, point: int | None, wait: float, sign: signal.Signals) -> tuple[int | None, float] | None:
-        """Run up to a save (or for a while), then kill; the step saved last and the seconds lost. None: it ended before."""
-        begun = round(time.time(), 3)  # as the telemetry has it
-        child = self.start()
-        while child.poll() is None and time.time() - begun < PATIENCE:
-            done = [event for event in self.since(begun) if event["event"] == "saved"]
-            if point is None or any(event["step"] >= point for event in done):
+def kill_run(number: int, victim: Victim, run: Run) -> list[Killed]:
+    """Carry out a run; a record for each kill that fell, none where it ended before the first."""
+    blows = [draw(victim, run.way, run.rng) for _ in range(run.kills)]
+    undisturbed, begun = (victim.digest(), victim.recorded()), time.time()
+    hits: list[Hit] = []
+    with victim.new(run.way):
+        for one in blows:
+            hit = victim.strike(run.way, one, begun)
+            if hit is None:
                 break
-            time.sleep(0.005)
-        time.sleep(wait)
-        child.send_signal(sign)
-        said, _ = child.communicate()
-        if child.returncode not in (-sign, 128 + sign):
-            assert child.returncode == 0, said
-            return None
-        events = self.since(begun)
-        saves = [event for event in events if event["event"] == "saved"]
-        if saves:
-            return saves[-1]["step"], max(0.0, time.time() - saves[-1]["time"])
-        return _resumed(events), time.time() - begun
-
-    def finish(self) -> None:
-        """The same command to its end."""
-        child = self.start()
-        said, _ = child.communicate()
-        assert child.returncode == 0, said
-
-    def resumed_at(self) -> int | None:
-        """What the execution begun last went on after."""
-        return _resumed(self.last().events)
-
-    def digest(self) -> str:
-        """One hash of all outputs, names and bytes; of a missing one too."""
-        total = hashlib.sha256()
-        for output in self.outputs:
-            for path in sorted([output, *output.rglob("*")] if output.is_dir() else [output]):
-                total.update(str(path.relative_to(self.project.root)).encode())
-                total.update(path.read_bytes() if path.is_file() else b"")
-        return total.hexdigest()
+            hits.append(hit)
+        else:
+            victim.finish(run.way)
+        same = (victim.digest(), victim.recorded()) == undisturbed
+    assert hits or same, f"{run.label} ended with other bytes undisturbed"
+    resumed = [went_on(victim.executions(hit.at)) for hit in hits]
+    return [
+        Killed(number, run.label, run.way, hit, len(victim.saves), after, same)
+        for hit, after in zip(hits, resumed, strict=True)
+    ]
 
 
-def _resumed(events: Sequence[dict[str, Any]]) -> int | None:
-    """The step an execution went on after."""
-    return next((event["resumed_at"] for event in events if event["event"] == "resumed"), None)
-
-
-def outputs_in_lock(project: Project, label: str) -> list[Path]:
-    """The outputs of a stage, as the lock files of the build have them."""
-    for name in ("dvc.lock", "methods/dvc.lock"):
-        path = project.path(name)
-        stages = yaml.safe_load(path.read_text())["stages"] if path.is_file() else {}
-        if label in stages:
-            return [project.path(out["path"]) for out in stages[label]["outs"]]
-    raise ValueError(f"no stage {label!r} was built")
-
-
-def labels_built(project: Project) -> list[str]:
-    """The stages that were built and have bytes to compare."""
-    names = [name for name in ("dvc.lock", "methods/dvc.lock") if project.path(name).is_file()]
-    found = [label for name in names for label in yaml.safe_load(project.path(name).read_text())["stages"]]
-    return [label for label in found if label not in NO_STAGE_OF_BYTES]
-
-
-def kill_stage(victim: Victim, kills: int, rng: random.Random) -> list[Killed]:
-    """Kill one run of a stage several times, each a while later in its work, then let it end; a record for each kill."""
-    undisturbed = victim.digest()
-    records: list[dict[str, Any]] = []
-    for point in sorted(rng.sample(victim.points, min(kills, len(victim.points)))) or [None] * kills:
-        sign = rng.choice(SIGNALS)
-        wait = rng.uniform(0.0, 0.1) if point is not None else rng.uniform(0.0, max(0.5, victim.seconds))
-        killed = victim.kill_at(point, wait, sign)
-        if records:  # the run just killed is the one that went on from the kill before
-            records[-1]["resumed"] = victim.resumed_at()
-        if killed is None:
-            break
-        saved, lost = killed
-        records.append({"sign": sign.name, "saved": saved, "lost": lost})
-    victim.finish()
-    if records and "resumed" not in records[-1]:
-        records[-1]["resumed"] = victim.resumed_at()
-    same = victim.digest() == undisturbed
-    return [Killed(victim.label, **record, total=len(victim.points), same=same) for record in records]
-
-
-def schedule(labels: Sequence[str], most: int, seed: int) -> Iterator[tuple[str, int, random.Random]]:
-    """Stages in a drawn order, round after round, one to `most` kills each, for ever."""
-    rng = random.Random(f"{seed}/chaos")
+def schedule(labels: Sequence[str], seed: int) -> Iterator[Run]:
+    """Runs of the stages in a drawn order, round after round, for ever: most with one kill, most by hand."""
+    rng, number = random.Random(f"{seed}/chaos"), 0
     while True:
         for label in rng.sample(labels, len(labels)):
-            yield label, rng.randint(1, most), random.Random(f"{seed}/{label}/{rng.random()}")
+            way: Way = rng.choice(("dvc", "dvc alone")) if number % BY_DVC == BY_DVC - 1 else "python"
+            yield Run(label, way, 2 if number % TWICE == 1 else 1, random.Random(f"{seed}/{label}/{rng.random()}"))
+            number += 1
 
 
-def chaos(
-    project: Project, kills: int, seed: int, environment: dict[str, str], labels: Sequence[str], most: int
-) -> list[Killed]:
-    """That many kills over stages of a built project, at most so many of one run."""
-    records: list[Killed] = []
-    for label, count, rng in schedule(labels, most, seed):
-        if len(records) >= kills:
-            return records
-        records += kill_stage(Victim(project, label, environment), min(count, kills - len(records)), rng)
-        bad = [record for record in records if record.stage == label and not record.good]
-        print(f"{len(records)}/{kills} {label}: {bad or 'as undisturbed'}", flush=True)
-    raise AssertionError("the schedule has no end")
+def chaos(project: Project, runs: int, seed: int, environment: dict[str, str], labels: Sequence[str]) -> Iterator[Killed]:
+    """The kills of the schedule, up to so many runs that were killed."""
+    done, plan = 0, schedule(labels, seed)
+    while done < runs:
+        run = next(plan)
+        found = kill_run(done, Victim(project, run.label, environment), run)
+        done += bool(found)
+        bad = [record for record in found if not record.good]
+        print(f"{done}/{runs} {run.label}: {bad or f'{len(found)} kills {WAYS[run.way]}, as undisturbed'}", flush=True)
+        yield from found
 
 
 def table(records: Sequence[Killed], seed: int) -> str:
     """The records in markdown, a line a stage."""
-    good = sum(record.good for record in records)
+    runs = {record.run: record.same for record in records}
+    saved = [record for record in records if record.hit.saved]
+    ways = ", ".join(f"{sum(record.way == way for record in records)} {words}" for way, words in WAYS.items())
     lines = [
-        f"{len(records)} kills, seed {seed}: {good} ended with the undisturbed bytes and did nothing again that was saved.",
+        f"Seed {seed}: {len(records)} kills ({ways}) in {len(runs)} runs. The final outputs of each run were compared with the "
+        f"undisturbed ones: {sum(runs.values())} of {len(runs)} identical.",
+        f"{len(saved)} kills fell after a save; after {sum(record.kept for record in saved)} of them nothing saved was done "
+        "again.",
         "",
-        "| stage | kills | saved at the kill | of saves | resumed at | most seconds lost | same bytes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| stage | kills | runs compared | identical | saved at the kill | of saves | resumed at | most seconds lost |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for stage in sorted({record.stage for record in records}):
         own = [record for record in records if record.stage == stage]
-        signs = ", ".join(sorted({record.sign for record in own}))
-        saved, resumed = (
-            ", ".join("-" if value is None else str(value) for value in column)
-            for column in ([record.saved for record in own], [record.resumed for record in own])
-        )
-        lost, same = max(record.lost for record in own), "yes" if all(record.same for record in own) else "NO"
-        lines.append(f"| {stage} | {len(own)} ({signs}) | {saved} | {own[0].total} | {resumed} | {lost:.2f} | {same} |")
+        kills = ", ".join(f"{record.hit.sign} {WAYS[record.way]}" for record in own)
+        compared = {record.run: record.same for record in own}
+        where = [(_places(record.hit.saved) + ", finished" * record.hit.finished, _places(record.resumed)) for record in own]
+        at, resumed = ("; ".join(column) for column in zip(*where, strict=True))
+        lost = f"{max(record.hit.lost for record in own):.2f}"
+        cells = (stage, f"{len(own)} ({kills})", len(compared), sum(compared.values()), at, own[0].of, resumed, lost)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
-def build(root: Path) -> tuple[Project, dict[str, str]]:
-    """A project of the smoke preset with every stage built, each step saved; one that stands there is brought up to date."""
+def _places(done: dict[str, int]) -> str:
+    return ", ".join(f"{unit} {number}" for unit, number in done.items()) or "-"
+
+
+def labels_built(project: Project) -> list[str]:
+    """The stages that were built and have bytes to compare."""
+    return [label for lock in LOCKS for label in stages_in(project, lock) if label not in NO_STAGE_OF_BYTES]
+
+
+def build(root: Path, stages: Sequence[str]) -> tuple[Project, dict[str, str]]:
+    """A project of the smoke preset with these stages built (none: all), each step saved; one that stands there is brought up
+    to date."""
     project = Project(root)
     if not root.exists():
         copy_project(root)
@@ -212,23 +162,25 @@ def build(root: Path) -> tuple[Project, dict[str, str]]:
         project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PYTHONPATH": str(root), "PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-P"], cwd=root, env=environment, check=True)
+    targets = [address_of(stage) for stage in stages] or ["-P"]
+    subprocess.run([sys.executable, "-m", "dvc", "repro", *targets], cwd=root, env=environment, check=True)
     return project, environment
 
 
 def main() -> int:
     """Build, kill, write the table; 1 if any kill was not as undisturbed."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.kills", description=__doc__)
-    parser.add_argument(
-        "--kills", type=int, default=120, help="how many (default 120: each stage once or twice, about an hour)"
-    )
+    parser.add_argument("--runs", type=int, default=100, help="how many, each killed once or twice (default: 100, 120 kills)")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--project", type=Path, help="a folder to build in, or one built so before (default: a temporary one)")
+    parser.add_argument("--stages", nargs="+", default=[], help="build and kill these alone, e.g. judge evaluate@sft")
     options = parser.parse_args()
     root = options.project or Path(tempfile.mkdtemp(prefix="chaos-")) / "project"
-    project, environment = build(root)
-    records = chaos(project, options.kills, options.seed, environment, labels_built(project), most=2)
-    RESULTS.write_text(table(records, options.seed))
+    project, environment = build(root.resolve(), options.stages)
+    records: list[Killed] = []
+    for record in chaos(project, options.runs, options.seed, environment, options.stages or labels_built(project)):
+        records.append(record)
+        RESULTS.write_text(table(records, options.seed))
     print(table(records, options.seed), f"written to {RESULTS.relative_to(ROOT)}", sep="\n")
     return 0 if all(record.good for record in records) else 1
 

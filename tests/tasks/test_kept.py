@@ -61,7 +61,8 @@ def test_an_interrupted_run_makes_what_is_missing_only(stage: Stage, capsys: pyt
     assert all(torch.equal(piece[0], torch.full((2,), n / 3)) and piece[1] == {"n": n} for n, piece in enumerate(found))
     assert "continuing after piece 4" in capsys.readouterr().out
     lines = (stage_module.stores_root() / ".telemetry" / "pairs.jsonl").read_text().splitlines()
-    assert [json.loads(line)["resumed_at"] for line in lines if "resumed_at" in line] == [4]
+    told = [(event["event"], event["unit"], event.get("step"), event.get("resumed_at")) for event in map(json.loads, lines)]
+    assert told[:4] == [("saved", "piece", n, None) for n in (1, 2, 3, 4)] and told[4] == ("resumed", "piece", None, 4)
 
 
 def test_killed_again_and_again_it_comes_to_its_end(stage: Stage) -> None:

@@ -80,7 +80,9 @@ def test_an_interrupted_run_continues_with_its_history(stage: Stage, capsys: pyt
     assert "continuing after step 1" in capsys.readouterr().out
     assert stage.history.path.read_text() == "step,loss\n1,2\n"
     telemetry = (stage_module.stores_root() / ".telemetry" / "sft.jsonl").read_text().splitlines()
-    assert [json.loads(line)["resumed_at"] for line in telemetry if "resumed_at" in line] == [1]
+    told = [json.loads(line) for line in telemetry if '"unit"' in line]
+    assert [(event["event"], event["unit"]) for event in told] == [("saved", "step"), ("resumed", "step")]
+    assert (told[0]["step"], told[1]["resumed_at"]) == (1, 1)
 
 
 def test_a_snapshot_of_rows_alone_is_continued_and_noted_too(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:

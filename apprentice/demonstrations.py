@@ -111,6 +111,11 @@ def atomic_write(path: Path) -> Iterator[IO[str]]:
         raise
 
 
+def partial_of(folder: Path) -> Path:
+    """Where a folder is written that appears under its name only when it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     with atomic_write(path) as file:

@@ -92,6 +92,7 @@ def train_epochs(
                     kept, best = epoch + 1, {name: tensor.clone() for name, tensor in weights(model).items()}
             row = {**found, **row}
         recorder.step(done + 1, total, row, state)
+    recorder.over(state)
     if best:
         model.load_state_dict(best, strict=False)
     means = {name: sum(row[name] for row in tail) / len(tail) for name in tail[0]}

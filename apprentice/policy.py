@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from apprentice.compute import CPU, Compute
-from apprentice.demonstrations import fsync_folder
+from apprentice.demonstrations import fsync_folder, partial_of
 from apprentice.foreign_checkpoint import inspect_checkpoint
 from apprentice.layers import set_layers
 from apprentice.tokens import Batch
@@ -86,9 +86,10 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Write a Hugging Face checkpoint with tokenizer, chat template, generation config and model card.
 
-    The folder appears under its name only when it is whole, and is on disk, name and all, when this returns.
+    The folder appears under its name only when it is whole (until then it is `partial_of` it), and is on disk, name and all,
+    when this returns.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

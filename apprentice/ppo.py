@@ -132,6 +132,7 @@ class PPO:
                 row = {**figures, **self.update(experience, recorder)}
             self.iteration += 1
             recorder.step(self.iteration, self.config.iterations, row, self.state)
+        recorder.over(self.state)
         return {"iterations": self.iteration, "stopped_by": stopped, "kl_to_anchor": self.kl_to_anchor}
 
     def _where(self) -> str:

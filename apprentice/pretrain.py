@@ -86,6 +86,7 @@ def pretrain(
             optimiser.drop()
             row = dict.fromkeys(row)
         recorder.step(step, config.steps, {**row, "tokens": tokens}, state)
+    recorder.over(state)
 
 
 def _batches(

@@ -55,6 +55,9 @@ class Recorder:
         if done == total and self.skipped and not self.taken:
             raise NumbersError(f"step {done} of {total}: every step was skipped, so nothing was learnt")
 
+    def over(self, state: Callable[[], State]) -> None:
+        """Note that the training is over, after its last step or a stop before; `state` makes the last snapshot."""
+
     def warn(self, message: str) -> None:
         """Tell the user what is unhealthy."""
         print(f"WARNING: {message}", flush=True)

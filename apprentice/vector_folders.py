@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from apprentice.demonstrations import partial_of
 from apprentice.foreign_checkpoint import INDEX, SINGLE, weight_places
 from apprentice.policy import PINNED, checkpoint_arguments, load_tokenizer
 from apprentice.vectors import (
@@ -225,7 +226,7 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name at the end and goes away on an error."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

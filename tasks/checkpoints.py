@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute, set_up
 from apprentice.config import ParamsError
-from apprentice.demonstrations import Demonstration, digest, prompt_id, read_demonstrations
+from apprentice.demonstrations import Demonstration, digest, partial_of, prompt_id, read_demonstrations
 from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
 from tasks.room import writing
@@ -96,7 +96,7 @@ def save_model(
         )
     folder = model_folder(stage, name)
     settings = {**asdict(stage.config), **getattr(model, "settings", {})}
-    with writing(folder, model.get_memory_footprint(), "the last snapshot stays"):
+    with writing(partial_of(folder), model.get_memory_footprint(), "the last snapshot stays"):
         save_policy(model, tokenizer, folder, _card(stage, name, parents, settings, stage.counted(metrics)))
     stage.say(f"wrote {folder.relative_to(stage.data.parent)}")
 

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,6 +185,15 @@ def current_inputs(label: str) -> tuple[str, dict[str, Any]]:
 def current_key(label: str) -> str:
     """Hash of a stage's command, params and inputs: equal keys mean equal work."""
     return current_inputs(label)[0]
+
+
+def recorded_keys(labels: Collection[str]) -> dict[str, str]:
+    """The key of the work that dvc.lock has of a stage, for those of these stages that there are."""
+    from dvc.dvcfile import load_file
+
+    with open_locked_repo() as repo:
+        files = [load_file(repo, str(ROOT / name)) for name in (MAIN_LINE, METHODS) if (ROOT / name).is_file()]
+        return {label: key_of(file.stages[label]) for file in files for label in labels if label in file.stages}
 
 
 def key_of(stage: "PipelineStage") -> str:

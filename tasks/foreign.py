@@ -10,7 +10,6 @@ OTHER = 1_000_003  # added to the seed: another initialisation, another stream o
 def main(stage: Stage) -> None:
     """Write data/models/foreign_base and data/models/foreign, the history of the base, and metrics."""
     from apprentice.pretrain import build_base, pretrain
-    from apprentice.recorder import Recorder
     from apprentice.sft import HeldOut, fine_tune
     from tasks.checkpoints import batch_of, compute_of, save_model, table, tokenizer_of
     from tasks.corpus import documents
@@ -28,9 +27,8 @@ def main(stage: Stage) -> None:
     save_model(stage, "foreign_base", model, tokenizer, [], metrics)
     model = adapted(stage, model, "foreign_base")
     train, held_out = (batch_of(tokenizer, table(stage, name), compute) for name in ("demonstrations", "validation"))
-    tuning = Recorder(stage.params.runtime.skip_steps)
+    tuning = StageRecorder(stage, "loss", "held_out_loss", part="tuning")
     result = fine_tune(model, train, HeldOut(held_out), stage.config, seed=f"{seed}/sft", compute=compute, recorder=tuning)
-    stage.skipped_steps += tuning.skipped
     metrics["held_out_loss"] = round(result["held_out_loss"], 6)
     stage.metrics(metrics)
     save_model(stage, "foreign", model, tokenizer, ["foreign_base"], metrics)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from apprentice.compute import Compute, Piece
-from tasks.resume import clear, load_state, prune, resume_folder, save_state
+from tasks.resume import load_state, save_state
 from tasks.stage import Stage
+from tasks.unfinished import prune, take
 
 
 def keeping(stage: Stage, compute: Compute) -> Compute:
@@ -22,7 +23,7 @@ class KeptPieces:
     """Call it with what makes a piece: the piece of the interrupted run where there is one, else made now and soon saved."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.folder = stage, resume_folder(stage) / "pieces"
+        self.stage, self.folder = stage, take(stage) / "pieces"
         self.saved = self._whole()
         self.found = deque(piece for number in range(self.saved) for piece in self._load(number))
         self.made: list[object] = []  # since the last save
@@ -31,7 +32,7 @@ class KeptPieces:
         if self.found:
             stage.resumed("piece", len(self.found))
         stage.stoppable = True
-        stage.at_end(lambda: clear(stage))
+        stage.at_end(self._end)
 
     def __call__(self, make: Callable[[], Piece]) -> Piece:
         """Raises SystemExit once the pieces are saved, where the stage was asked to stop."""
@@ -44,6 +45,11 @@ class KeptPieces:
         if self.stage.snapshot_due(self.count, self._saved_at) or self.stage.stop_signal:
             self._save()
         return piece
+
+    def _end(self) -> None:
+        """Save the last pieces too: DVC may be killed before the work is in dvc.lock."""
+        if self.made or self.stage.stop_signal:
+            self._save()
 
     def _save(self) -> None:
         prune(self.stage)

@@ -1,7 +1,7 @@
-"""Unfinished work of a stage: snapshots under `.resume/<stage>/<key>`, outside DVC's outputs, which DVC removes before a run.
+"""Snapshots of a stage's training, in its folder of unfinished work: outside DVC's outputs, which DVC removes before a run.
 
-The key is a hash of command, params and inputs, so a changed stage never meets old state. A snapshot is one safetensors
-file for the tensors and one JSON file for the rest, in a folder that appears under its name only when whole.
+A snapshot is one safetensors file for the tensors and one JSON file for the rest, in a folder that appears under its name only
+when whole.
 """
 
 import json
@@ -14,75 +14,73 @@ from typing import Any
 
 from apprentice.recorder import Recorder, State
 from tasks.room import writing
-from tasks.stage import Stage, stores_root
+from tasks.stage import Stage
+from tasks.unfinished import prune, take
 
 
 class StageRecorder(Recorder):
-    """Writes `history.csv`, progress and telemetry as steps happen, and a snapshot when one is due."""
+    """Writes `history.csv`, progress and telemetry as steps happen, a snapshot when one is due, and one at the end.
 
-    def __init__(self, stage: Stage, *shown: str) -> None:
+    `part` names a training beside the stage's own: its snapshots stand apart, and its rows are in no history.
+    """
+
+    def __init__(self, stage: Stage, *shown: str, part: str | None = None) -> None:
         super().__init__(stage.params.runtime.skip_steps)
         self.stage, self.shown = stage, shown
-        self.folder = resume_folder(stage)
-        self._saved = time.monotonic()
-        stage.at_end(lambda: clear(stage))
+        self.unit, self.history = (f"{part} step", None) if part else ("step", stage.history)
+        self.snapshot = take(stage) / (part or "last")
+        self._saved, self._saved_step = time.monotonic(), 0
 
     def resume(self) -> State | None:
         """The last snapshot of this very work, if it was interrupted; the history is rewritten up to it."""
-        saved = load_state(self.folder / "last")
+        saved = load_state(self.snapshot)
         self.rows = saved.pop("rows") if saved else []
         self.taken, self.skipped, self.skipped_in_a_row = saved.pop("counts") if saved else (0, 0, 0)
-        self.stage.history.start(self.rows)
+        self.stage.skipped_steps += self.skipped
+        if self.history:
+            self.history.start(self.rows)
         if saved is not None:  # one of rows alone is empty by now
-            self.stage.resumed("step", len(self.rows))
+            self.stage.resumed(self.unit, len(self.rows))
         self.stage.start_clock()
+        self._saved, self._saved_step = time.monotonic(), len(self.rows)
         self.stage.stoppable = True
         return saved
 
     def skips(self, where: str, figures: Mapping[str, float | None]) -> bool:
-        """Tell the stage how many steps were skipped."""
+        """Tell the stage of each step that is skipped."""
         skip = super().skips(where, figures)
-        self.stage.skipped_steps = self.skipped
+        self.stage.skipped_steps += skip
         return skip
 
     def step(self, done: int, total: int, row: Mapping[str, float | None], state: Callable[[], State]) -> None:
         """Append to the history, show progress, snapshot when one is due."""
         super().step(done, total, row, state)
-        self.stage.history.append(self.rows[-1])
+        if self.history:
+            self.history.append(self.rows[-1])
         self.stage.progress(done, total, **{name: value for name in self.shown if (value := row.get(name)) is not None})
-        self.stage.stoppable = done < total
         if done < total and (self.stage.snapshot_due(done, self._saved) or self.stage.stop_signal):
-            prune(self.stage)
-            save_state(
-                self.folder / "last",
-                {**state(), "rows": self.rows, "counts": [self.taken, self.skipped, self.skipped_in_a_row]},
-            )
-            self._saved = time.monotonic()
-            self.stage.saved("step", done)
+            self._save(state)
+            self.stage.saved(self.unit, done)
+
+    def over(self, state: Callable[[], State]) -> None:
+        """Snapshot the last step: the stage, or DVC after it, may be killed before the work is in dvc.lock."""
+        done = len(self.rows)
+        new = done > self._saved_step
+        if new:
+            self._save(state)
+        self.stage.stoppable = False
+        if new or self.stage.stop_signal:
+            self.stage.saved(self.unit, done)
 
     def warn(self, message: str) -> None:
         """Print a warning and keep it in the telemetry."""
         self.stage.warn(message)
 
-
-def resume_folder(stage: Stage) -> Path:
-    """Where the unfinished work of a stage stands; of other params, inputs or code elsewhere."""
-    return stores_root() / ".resume" / stage.label / stage.key
-
-
-def clear(stage: Stage) -> None:
-    """The stage is done: its unfinished work is no longer needed."""
-    shutil.rmtree(resume_folder(stage), ignore_errors=True)
-
-
-def prune(stage: Stage) -> None:
-    """Keep the newest `runtime.resume_folders` unfinished runs of the stage, this one included."""
-    folder = resume_folder(stage)
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    folders = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in folders[max(1, stage.params.runtime.resume_folders) :]:
-        shutil.rmtree(old, ignore_errors=True)
+    def _save(self, state: Callable[[], State]) -> None:
+        prune(self.stage)
+        counts = [self.taken, self.skipped, self.skipped_in_a_row]
+        save_state(self.snapshot, {**state(), "rows": self.rows, "counts": counts})
+        self._saved, self._saved_step = time.monotonic(), len(self.rows)
 
 
 def save_state(folder: Path, state: State) -> None:

@@ -102,7 +102,9 @@ class Stage:
         self._at_end: list[Callable[[], None]] = []
         self.skipped_steps = 0  # of training, since a number of theirs was not finite
         self.stoppable = False  # while steps are being taken, each of which can be saved
+        self.by_hand = "DVC_STAGE" not in os.environ
         self.lock: IO[str] | None = None  # held while it runs
+        self.held: dict[Path, IO[str]] = {}  # the same of its unfinished work, by folder
         self.stop_signal = 0  # the signal that asked to stop after the step at hand
 
     @property
@@ -208,12 +210,12 @@ class Stage:
             raise SystemExit(128 + self.stop_signal)
 
     def at_end(self, act: Callable[[], None]) -> None:
-        """Do something once the stage has ended well."""
+        """Do something once the stage has ended well, what was asked for last first."""
         self._at_end.append(act)
 
     def finish(self) -> None:
         """Do what was asked for the end."""
-        for act in self._at_end:
+        for act in reversed(self._at_end):
             act()
         unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, KiB elsewhere
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
@@ -237,6 +239,7 @@ def run(
         stage = Stage(name, params, item)
         _begin(stage)
         main(stage)
+        _finish(stage)
     except (ParamsError, StageError) as error:
         failed = f"{type(error).__name__}: {error}"
     except NumbersError as error:
@@ -248,7 +251,6 @@ def run(
     if failed:
         print(f"[{name}] {failed}", file=sys.stderr, flush=True)
         raise SystemExit(2)
-    _finish(stage)
     sys.stdout.flush()
     os._exit(0)  # unloading torch takes a while: killed meanwhile, the finished stage would be begun anew
 
@@ -271,28 +273,28 @@ def _command_line(name: str, about: str | None, items: list[str] | None) -> str 
 
 
 def _begin(stage: Stage) -> None:
-    """Be the only one at this stage; by hand, remove its outputs first, as DVC does; obey signals; note the start."""
-    by_hand = "DVC_STAGE" not in os.environ
+    """Be the only one at this stage; by hand, remove its outputs first, as DVC does; sweep; obey signals; note the start."""
+    from tasks.unfinished import sweep
+
     stage.lock, waited = hold(ROOT / ".dvc" / "tmp" / "stages" / f"{stage.label}.lock", stage.say)
-    if by_hand or waited:
+    if stage.by_hand or waited:
         from tasks.dvcstage import outputs_of
 
         for path in outputs_of(stage.label):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if not by_hand:
+    if not stage.by_hand:
         end_with_dvc()  # which, killed, would leave it behind
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stage.ask_to_stop)
+    sweep(stage)
     stage.reports.mkdir(parents=True, exist_ok=True)
-    for half_written in stage.reports.glob(".*"):  # by a run killed within atomic_write
-        half_written.unlink()
     stage.telemetry(event="started", host=os.uname().nodename, pid=os.getpid())
 
 
 def _finish(stage: Stage) -> None:
-    """Say what is next by hand, and drop the unfinished work last: a stage that is killed before has it still."""
-    if "DVC_STAGE" not in os.environ:
+    """Note the end, and say what is next by hand."""
+    stage.finish()
+    if stage.by_hand:
         address = address_of(stage.label)
         rest = "dvc repro" if address == stage.label else "dvc repro -P"
         stage.say(f"done. `dvc commit {address}` records it, `{rest}` brings what depends on it up to date.")
-    stage.finish()

@@ -162,6 +162,7 @@ def _sweep(stage: Stage, target: Any, vector: Any, grade: Callable[[Any], Grade]
         if done > len(recorder.rows):
             model = _sum(target, vector, coefficient)
             recorder.step(done, len(coefficients), {"coefficient": coefficient, **grade(model)}, dict)
+    recorder.over(dict)
     return recorder.rows
 
 

@@ -12,8 +12,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("apprentice", "tasks", "flows")
-# Imports that make no dependency: through this one a stage finds its key and its outputs, and no byte of a result.
-BOOKKEEPING = {("tasks/stage.py", "tasks/dvcstage.py")}
+# Imports that make no dependency: through these a stage finds its key and its outputs and sweeps, and no byte of a result.
+BOOKKEEPING = {
+    ("tasks/stage.py", "tasks/dvcstage.py"),
+    ("tasks/stage.py", "tasks/unfinished.py"),
+    ("tasks/unfinished.py", "tasks/dvcstage.py"),
+}
 # Files that make none either: they hold names, types and ranges of params.yaml and no value (tests/test_pipeline.py sees to
 # it), and values are dependencies by themselves. Or else another method's section would retrain everything.
 NO_VALUES = {f"apprentice/{name}.py" for name in ("schema", "sections", "method_sections", "config")}

@@ -20,8 +20,12 @@ def run_here(stage: Stage) -> None:
     """What `tasks.stage.run` does around a stage's work, in this process, without DVC's word on what the work is."""
     stage.__dict__["key"] = "0"
     stage.reports.mkdir(parents=True, exist_ok=True)
-    importlib.import_module(f"tasks.{stage.name}").main(stage)
-    stage.finish()
+    try:
+        importlib.import_module(f"tasks.{stage.name}").main(stage)
+        stage.finish()
+    finally:
+        for lock in stage.held.values():  # as the end of its process would
+            lock.close()
 
 
 def try_here(folder: Path) -> None:

@@ -104,6 +104,18 @@ def test_asked_to_stop_it_saves_what_is_made(stage: Stage) -> None:
     assert made == [3, 4, 5]
 
 
+def test_the_last_pieces_are_saved_too_and_asked_to_stop_after_them_the_stage_stops(stage: Stage) -> None:
+    runtime = dataclasses.replace(stage.params.runtime, checkpoint_steps=None)  # none is due for half a minute
+    stage.params = dataclasses.replace(stage.params, runtime=runtime)
+    pieces(stage, lambda number: torch.tensor(number))
+    stage.ask_to_stop(signal.SIGTERM, None)
+    with pytest.raises(SystemExit) as stopped:
+        stage.finish()
+    assert stopped.value.code == 143
+    again, made = killing(lambda number: torch.tensor(number), -1)
+    assert torch.stack(pieces(stage, again)).tolist() == [0, 1, 2, 3, 4, 5] and not made
+
+
 def test_other_work_meets_no_piece_and_a_finished_stage_leaves_none(stage: Stage) -> None:
     pieces(stage, lambda number: torch.tensor(number))
     stage.__dict__["key"] = "4567"

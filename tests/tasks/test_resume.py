@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,9 +121,9 @@ def test_a_finished_stage_leaves_no_unfinished_work(stage: Stage) -> None:
     recorder.resume()
     save_always(recorder)
     recorder.step(1, 3, {"loss": 2.0}, lambda: {"step": 1})
-    assert recorder.folder.exists()
+    assert recorder.snapshot.exists()
     stage.finish()
-    assert not recorder.folder.exists()
+    assert not recorder.snapshot.parent.exists()
 
 
 def test_only_the_newest_unfinished_runs_are_kept(stage: Stage) -> None:
@@ -132,5 +133,39 @@ def test_only_the_newest_unfinished_runs_are_kept(stage: Stage) -> None:
         recorder.resume()
         save_always(recorder)
         recorder.step(1, 3, {"loss": 2.0}, lambda: {"step": 1})
-    assert len(list(recorder.folder.parent.iterdir())) == stage.params.runtime.resume_folders == 3
-    assert recorder.folder.exists()
+        stage.held[recorder.snapshot.parent].close()  # as the end of its process would
+    assert len(list(recorder.snapshot.parent.parent.iterdir())) == stage.params.runtime.resume_folders == 3
+    assert recorder.snapshot.exists()
+
+
+def test_the_last_step_is_saved_too_and_asked_to_stop_in_it_the_stage_stops(stage: Stage) -> None:
+    first = StageRecorder(stage, "loss")
+    first.resume()
+    first.step(1, 2, {"loss": 2.0}, lambda: {"step": 1})
+    stage.ask_to_stop(signal.SIGTERM, None)  # in the step after which the training stops by itself
+    with pytest.raises(SystemExit) as stopped:
+        first.over(lambda: {"step": 1})
+    assert stopped.value.code == 143 and not stage.stoppable
+    stage.stop_signal = 0
+    second = StageRecorder(stage, "loss")
+    assert second.resume() == {"step": 1} and second.rows == [{"step": 1, "loss": 2.0}]
+    second.over(lambda: pytest.fail("nothing new is to be saved"))
+    assert not stage.stoppable
+
+
+def test_a_second_training_has_its_own_snapshots_and_leaves_the_history_alone(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.params = dataclasses.replace(stage.params, runtime=dataclasses.replace(stage.params.runtime, skip_steps=1))
+    for part in (None, "tuning"):
+        recorder = StageRecorder(stage, part=part)
+        recorder.resume()
+        save_always(recorder)
+        assert not recorder.takes("", {"loss": float("nan")})
+        recorder.step(1, 3, {part or "loss": 1.0}, lambda part=part: {"of": part})  # type: ignore[misc]
+    assert stage.skipped_steps == 2
+    stage.skipped_steps = 0  # another process
+    found = [StageRecorder(stage, part=part).resume() for part in (None, "tuning")]
+    assert found == [{"of": None}, {"of": "tuning"}] and stage.skipped_steps == 2
+    assert stage.history.path.read_text() == "step,loss\n1,1\n"
+    assert "continuing after tuning step 1 of" in capsys.readouterr().out

@@ -16,11 +16,13 @@ import torch
 
 from apprentice.compute import CPU
 from tasks import room
+from tasks.checkpoints import save_model
 from tasks.resume import load_state, save_state
 from tasks.room import check_room, size, writing
 from tasks.stage import Stage, StageError
 from tests.apprentice.toys import tiny_llama
 from tests.conftest import Project
+from tests.tables import words
 
 MEBIBYTE = 2**20
 
@@ -59,6 +61,19 @@ def test_a_disk_that_fills_while_writing_gives_the_same_error(small_disk: Path, 
     assert free(small_disk).free > MEBIBYTE and not (small_disk / "last.partial").exists()
     found = load_state(small_disk / "last")
     assert found is not None and found["step"] == 1
+
+
+def test_a_disk_that_fills_while_a_model_is_written_gives_the_same_error_and_its_torn_files_go(
+    stage: Stage, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.data = small_disk / "data"
+    free = shutil.disk_usage
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    with pytest.raises(
+        StageError, match=r"the disk is full: .*models/\.sft\.partial takes 5\.\d MiB, .* the last snapshot stays"
+    ):
+        save_model(stage, "sft", tiny_llama(0, vocab=2**16, hidden_size=20), words(), [], {})
+    assert free(small_disk).free > 3.9 * MEBIBYTE and not list((stage.data / "models").iterdir())
 
 
 def test_other_errors_of_writing_stay_what_they_are(tmp_path: Path) -> None:

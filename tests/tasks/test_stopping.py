@@ -28,6 +28,7 @@ def main(stage):
         loss = float("nan") if os.environ.get("BROKEN") == str(step) else 1.0 / step
         taken = recorder.takes(f"step {step} of 200", {"loss": loss})
         recorder.step(step, 200, {"loss": loss if taken else None}, lambda: {"step": step})
+    recorder.over(lambda: {"step": step})
     stage.metrics({"loss": loss})
     if "SLOW_END" in os.environ:
         print("trained", flush=True)
@@ -75,7 +76,8 @@ def test_asked_to_stop_it_saves_the_step_at_hand_and_goes_on_from_there(place: P
     again = begin(place, QUICK="1")
     said, _ = again.communicate(timeout=60)
     assert again.returncode == 0 and f"continuing after step {done} " in said and len(steps(place)) == 200
-    assert not snapshot(place).exists()
+    assert json.loads(snapshot(place).read_text())["step"] == 200  # until DVC has recorded it
+    assert snapshot(place).parents[1].joinpath("finished").exists()
 
 
 def test_asked_twice_it_stops_at_once(place: Project) -> None:

@@ -35,6 +35,7 @@ class RuntimeConfig:
     progress_seconds: NotNegative
     checkpoint_seconds: NotNegative
     checkpoint_steps: Count | None
+    stop_seconds: NotNegative
     resume_folders: CountOrZero
     skip_steps: CountOrZero
     retries: CountOrZero

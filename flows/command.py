@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 HOST = "127.0.0.1"
+NAMES = [HOST, "localhost"]  # by which a server of ours may be called
 API = f"http://{HOST}:4200/api"  # where `make ui` starts it
 STOPPED = {signal.SIGINT: "stopped by Ctrl-C", signal.SIGTERM: "stopped by SIGTERM"}  # what Prefect shows of it
 

@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import ExitStack
 
 from flows import ROOT
-from flows.command import HOST, answers
+from flows.command import HOST, NAMES, answers
 from tasks import process
 from tasks.store import alone, masked
 
@@ -67,12 +67,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def prefect_server(port: int, **own: str) -> Server:
+    """Prefect's server on a port, for this machine's programs and its own pages; `own` is added to its environment."""
+    address = f"http://{HOST}:{port}"
+    command = ["uvicorn", "--factory", "flows.prefect_app:create", "--host", HOST, "--port", str(port), "--log-level", "error"]
+    own["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] = ",".join(f"http://{name}:{port}" for name in NAMES)
+    return Server("Prefect", address, "/api/health", command, {"PREFECT__SERVER_FINAL": "1", **own})
+
+
 def temporary_server() -> Server:
     """Prefect's API alone, with the services that Prefect gives its own temporary server."""
-    port = free_port()
-    command = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", HOST, "--port", str(port)]
-    env = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-    return Server("Prefect", f"http://{HOST}:{port}", "/api/health", [*command, "--log-level", "error"], env)
+    return prefect_server(free_port(), PREFECT_UI_ENABLED="0", PREFECT__SERVER_EPHEMERAL="1")
 
 
 def ensure_server() -> None:

@@ -24,6 +24,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.server import ServerError, ensure_server
+from tasks.dvcstage import StageStopped
 from tasks.process import Stopped, stop_all
 from tasks.stage import StageError
 from tasks.study_figures import record
@@ -41,6 +42,8 @@ def run_job(job: Job, session: Session, place: Workspace) -> State:
     log = get_run_logger()
     try:
         session.run(job, place, log.info)
+    except StageStopped as stop:
+        return Cancelled(message=str(stop))
     except Stopped:
         return Cancelled(message="stopped with the flow")
     except RunFailed as error:  # as a state, not a traceback: what the run printed says more

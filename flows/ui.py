@@ -9,17 +9,16 @@ from contextlib import ExitStack
 
 from flows import ROOT
 from flows.command import HOST, ui_options
-from flows.server import Server, ServerError
+from flows.server import Server, ServerError, prefect_server
 from tasks.store import masked
 from tasks.tracking import prepare_store
 
 
-def prefect_server(port: int) -> Server:
+def prefect_with_pages(port: int) -> Server:
     """Prefect's server; API and UI on one port."""
     address = f"http://{HOST}:{port}"
-    env = {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port), "PREFECT_API_URL": f"{address}/api"}
-    env["PREFECT_UI_API_URL"] = f"{address}/api"  # or its pages ask the default port
-    return Server("Prefect", address, "/api/health", ["prefect", "server", "start"], env)
+    own = {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port), "PREFECT_API_URL": f"{address}/api"}
+    return prefect_server(port, **own, PREFECT_UI_API_URL=f"{address}/api")  # or its pages ask the default port
 
 
 def mlflow_server(port: int, store: str, experiment: str) -> Server:
@@ -45,7 +44,7 @@ def start(options: argparse.Namespace, started: ExitStack) -> list[Server]:
     """Start what is wanted, wait for it, and say where it is; `started` stops it."""
     check_free(options.prefect_port, "--prefect-port")
     store, experiment = prepare_store()
-    servers = [prefect_server(options.prefect_port)]
+    servers = [prefect_with_pages(options.prefect_port)]
     if store.startswith("http"):
         print(f"MLflow   {masked(store)}   (MLFLOW_TRACKING_URI)")
     else:

@@ -13,6 +13,7 @@ from typing import IO
 import psutil
 
 PARENT = 1.0  # seconds between two looks at the parent
+KEPT = {"APPRENTICE_KEPT": "1"}  # the environment of a stage that has a keeper (tasks/process.py)
 
 
 def hold(path: Path, say: Callable[[str], None]) -> tuple[IO[str], bool]:
@@ -35,7 +36,12 @@ def hold(path: Path, say: Callable[[str], None]) -> tuple[IO[str], bool]:
 
 
 def end_with_dvc() -> None:
-    """Send this process SIGTERM once the DVC that started it is gone, however that ended."""
+    """Send this process SIGTERM once the DVC that started it is gone, however that ended.
+
+    A keeper asks it by itself; asked twice, it would stop at once and not save.
+    """
+    if KEPT.items() <= os.environ.items():
+        return
     first = _started_by()
 
     def watch() -> None:

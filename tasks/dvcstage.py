@@ -10,15 +10,16 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
+from tasks.alone import KEPT
 from tasks.dvclocks import holders_in, wait_for_change
-from tasks.stage import MAIN_LINE, METHODS, ROOT, StageError, address_of
+from tasks.stage import MAIN_LINE, METHODS, ROOT, StageError, address_of, read_params
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -36,6 +37,7 @@ CHATTER = (  # DVC's advice after every stage
 )
 BUSY = "is busy, it is being blocked by:"  # the beginning of DVC's last words; said in ours
 OWN_FAULT = "failed to run:"  # DVC's words when the stage's own command failed
+ASKED = re.compile(r"failed to run:.*, exited with (?:(?:130|-2)|(143|-15))$")  # and when Ctrl-C or SIGTERM ended it
 _dvc = threading.RLock()  # DVC's objects are not meant for threads; one at a time in this process
 
 
@@ -53,6 +55,10 @@ class StageInfo:
 
 class StageFailed(RuntimeError):
     """`dvc repro` of a stage failed; the message ends with the last lines it printed."""
+
+
+class StageStopped(process.Stopped):
+    """The stage alone was asked to stop, by Ctrl-C (SIGINT) or SIGTERM, which the message says."""
 
 
 class MachineryFailed(StageFailed):
@@ -112,12 +118,13 @@ def repro(name: str, say: Callable[[str], None], force: bool = False, place: dic
     """Bring one stage up to date; None when it ran, otherwise DVC's line that says why it did not need to.
 
     Waits while another process has one of its paths, and says which. `place` is added to the stage's environment. Raises
-    `StageFailed`, `MachineryFailed` or `process.Stopped`.
+    `StageFailed`, `MachineryFailed`, `StageStopped` or, when everything is being stopped, `process.Stopped`.
     """
     # Without --wait-for-lock a stage that ends while another one holds DVC's lock loses its finished work.
     item = ["--single-item", address_of(name), *["--force"] * force]
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *item]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # `python` of dvc.yaml
+    env = {**os.environ, "PATH": path, **KEPT, **(place or {})}
     told: set[int] = set()
     while True:
         lines: deque[str] = deque(maxlen=200)
@@ -127,9 +134,10 @@ def repro(name: str, say: Callable[[str], None], force: bool = False, place: dic
             if not line.strip().startswith(CHATTER) and not any(BUSY in line for line in lines):
                 say(line)
 
-        code = process.run(command, ROOT, {**os.environ, "PATH": path, **(place or {})}, hear)
+        code = process.run(command, ROOT, env, hear, read_params().runtime.stop_seconds)
         if code == 0:
             return next((line for line in lines if _is_skip(line)), None)
+        raise_if_asked(lines)
         own = any(OWN_FAULT in line for line in lines)
         holders = {} if own else holders_in(lines)
         if not holders:
@@ -140,6 +148,12 @@ def repro(name: str, say: Callable[[str], None], force: bool = False, place: dic
             say(f"waiting for {name}: in use by {holders[pid]}")
         told |= holders.keys()
         wait_for_change()
+
+
+def raise_if_asked(lines: Iterable[str]) -> None:
+    """Raise StageStopped when DVC's lines say that the command it ran was asked to stop, and did."""
+    if asked := next(filter(None, map(ASKED.search, lines)), None):
+        raise StageStopped("stopped by SIGTERM" if asked[1] else "stopped by Ctrl-C")
 
 
 def _is_skip(line: str) -> bool:

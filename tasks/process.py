@@ -3,8 +3,9 @@
 `dvc repro` ignores SIGINT while its command runs and leaves the command behind when it is itself terminated, so signals go
 to the group; and a child that is not waited for still counts as a living holder of DVC's locks, so it always is.
 
-Each group is led by a keeper, this file run as a program: it notices when the process that started it is gone, however that
-ended (SIGKILL included), and then ends the group too.
+Each group is led by a keeper, this file run as a program. It ends the group when its command has ended, when it is told to,
+and when the process that started it is gone, however that ended (SIGKILL included). It alone asks, so that nobody is asked
+twice: to a stage that means "at once".
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 PROC = Path("/proc")
-GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # signal, seconds to obey it
+PATIENCE = 20.0  # seconds that a group has to end once it is asked, where its starter names no other
+KILL = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # signal, seconds to obey it
 
 _live: set["subprocess.Popen[str]"] = set()
 _stopping = threading.Event()
@@ -45,18 +47,19 @@ def stop_all() -> None:
     try:
         _stop(list(_live))
     except BaseException:
-        _stop(list(_live), GRACE[-1:])
+        _kill(list(_live))
         raise
 
 
-def run(command: Sequence[str], cwd: Path, env: dict[str, str], say: Callable[[str], None]) -> int:
+def run(command: Sequence[str], cwd: Path, env: dict[str, str], say: Callable[[str], None], patience: float = PATIENCE) -> int:
     """Run a command to its end, handing each line it prints to `say`; its exit code (negative: ended by a signal).
 
-    Raises `Stopped` when `stop_all` ended it; any exception in this thread (Ctrl-C, a cancelled task) ends the group too.
+    Asked to stop it has `patience` seconds, and is then ended whatever it does. Raises `Stopped` when `stop_all` ended it; any
+    exception in this thread (Ctrl-C, a cancelled task) ends the group too.
     """
     if _stopping.is_set():
         raise Stopped(" ".join(command))
-    child = start(command, cwd, {**env, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"})
+    child = start(command, cwd, {**env, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}, patience)
     _live.add(child)
     try:
         for line in _lines(child):
@@ -70,15 +73,16 @@ def run(command: Sequence[str], cwd: Path, env: dict[str, str], say: Callable[[s
     return code
 
 
-def start(command: Sequence[str], cwd: Path, env: dict[str, str]) -> "subprocess.Popen[str]":
-    """Start a command in a group of its own that ends with this process, or when the child's `stdin` is closed.
+def start(command: Sequence[str], cwd: Path, env: dict[str, str], patience: float = PATIENCE) -> "subprocess.Popen[str]":
+    """Start a command in a group of its own that ends with this process, or when the child's `stdin` is closed, then within
+    `patience` and some seconds.
 
     Both of its streams come from the child's `stdout`.
     """
     reading, writing = os.pipe()
     try:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, *command],
+            [sys.executable, "-I", "-S", __file__, str(patience), *command],
             cwd=cwd,
             env=env,
             stdin=subprocess.PIPE,
@@ -121,38 +125,40 @@ def _lines(child: "subprocess.Popen[str]") -> Iterator[str]:
             yield line
 
 
-def _stop(children: "Sequence[subprocess.Popen[str]]", steps: Sequence[tuple[signal.Signals, float]] = ()) -> None:
-    """Signal whole groups, ever harder, until nothing of them is left; children that ended cleanly are only reaped."""
-    for sign, seconds in steps or GRACE:
-        groups = [child for child in children if _alive(child)]
-        if not groups:
-            return
-        for child in groups:
-            try:
-                os.killpg(child.pid, sign)
-            except (ProcessLookupError, PermissionError):
-                continue
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and any(_alive(child) for child in groups):
+def _stop(children: "Sequence[subprocess.Popen[str]]") -> None:
+    """Have whole groups ended by their keepers; what is left once those are gone is killed."""
+    for child in children:
+        child.stdin.close()
+    for child in children:
+        while child.poll() is None:
             time.sleep(0.05)
+    _kill(children)
+
+
+def _kill(children: "Sequence[subprocess.Popen[str]]") -> None:
+    """Kill what is left of whole groups and wait for its end."""
+    groups = [child for child in children if _alive(child)]
+    for child in groups:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+    until = time.monotonic() + KILL[-1][1]
+    while time.monotonic() < until and any(map(_alive, groups)):
+        time.sleep(0.05)
 
 
 def _alive(child: "subprocess.Popen[str]") -> bool:
     """Whether the child (reaped here when it has ended) or anything in its group still runs."""
-    if child.poll() is None:
-        return True
-    if (PROC / "self" / "stat").exists():  # Linux: tells the dead that nobody has waited for yet from the living
-        return bool(_members(child.pid))
-    try:
-        os.killpg(child.pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+    return child.poll() is None or bool(_members(child.pid))
 
 
 def _members(group: int) -> set[int]:
-    """Ids of the living processes of a group, where /proc tells."""
-    return {int(entry.parent.name) for entry in PROC.glob("[0-9]*/stat") if _group_of(entry) == group}
+    """Ids of the living processes of a group: not of the dead that nobody has waited for yet."""
+    if (PROC / "self" / "stat").exists():
+        return {int(entry.parent.name) for entry in PROC.glob("[0-9]*/stat") if _group_of(entry) == group}
+    command = ["ps", "-axo", "pid=,pgid=,state="]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, start_new_session=True).stdout
+    found = [line.split() for line in listed.splitlines()]
+    return {int(pid) for pid, of, state in found if int(of) == group and state[0] not in "ZX"}
 
 
 def _group_of(stat: Path) -> int | None:
@@ -164,16 +170,23 @@ def _group_of(stat: Path) -> int | None:
     return None if state in "ZX" else int(group)
 
 
-def _keep(command: Sequence[str]) -> None:
-    """Run a command in this process's group and end as it ends; once standard input is closed, end the group."""
+def _keep(patience: float, command: Sequence[str]) -> None:
+    """Run a command in this process's group, end the group with it or once standard input is closed, and end as it ended."""
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: None)  # they are for the command; ignoring them outright would pass on to it
-    child, abandoned = subprocess.Popen(command, stdin=subprocess.DEVNULL), threading.Event()
-    end = threading.Thread(target=_end_with_owner, args=(child, abandoned), daemon=True)
-    end.start()
+    child, ending = subprocess.Popen(command, stdin=subprocess.DEVNULL), threading.Lock()
+
+    def end() -> None:
+        with ending:
+            _end_group(child, patience)
+
+    def end_with_owner() -> None:
+        os.read(0, 1)
+        end()
+
+    threading.Thread(target=end_with_owner, daemon=True).start()
     code = child.wait()
-    if abandoned.is_set():
-        end.join()  # others of the group may still run
+    end()
     if code < 0:
         with contextlib.suppress(OSError):  # SIGKILL
             signal.signal(-code, signal.SIG_DFL)
@@ -181,15 +194,21 @@ def _keep(command: Sequence[str]) -> None:
     raise SystemExit(code)
 
 
-def _end_with_owner(child: "subprocess.Popen[bytes]", abandoned: threading.Event) -> None:
-    os.read(0, 1)
-    abandoned.set()
-    for sign, seconds in GRACE:
-        os.killpg(0, sign)
+def _end_group(child: "subprocess.Popen[bytes]", patience: float) -> None:
+    """Signal the child and all others of this process's group, ever harder, until nothing of them is left."""
+
+    def left() -> set[int]:
+        running = {child.pid} if child.poll() is None else set()
+        return running | _members(os.getpgrp()) - {os.getpid()}
+
+    for sign, seconds in ((signal.SIGINT, patience), *KILL):
+        for pid in left():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, sign)
         until = time.monotonic() + seconds
-        while time.monotonic() < until and (child.poll() is None or _members(os.getpgrp()) - {os.getpid()}):
+        while left() and time.monotonic() < until:
             time.sleep(0.05)
 
 
 if __name__ == "__main__":
-    _keep(sys.argv[1:])
+    _keep(float(sys.argv[1]), sys.argv[2:])

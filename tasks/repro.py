@@ -14,7 +14,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from tasks import process
 from tasks.dvclocks import drop_stale
-from tasks.dvcstage import MachineryFailed, StageFailed, StageInfo, read_stages, repro
+from tasks.dvcstage import MachineryFailed, StageFailed, StageInfo, StageStopped, read_stages, repro
 from tasks.slots import Slots, slots_of
 from tasks.stage import MAIN_LINE, ROOT, read_params
 from tasks.store import masked
@@ -81,6 +81,8 @@ def bring_up_to_date(stage: StageInfo, slots: Slots, force: bool = False) -> Sta
                 listen(line)
 
             skipped = repro(stage.name, say, force, place)
+    except StageStopped as stop:
+        return Cancelled(message=str(stop))
     except process.Stopped:
         return Cancelled(message="stopped with the flow")
     except StageFailed as error:  # as a state, not a traceback: what the stage printed says more

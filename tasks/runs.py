@@ -9,7 +9,7 @@ from tasks.locked import LockedStage
 from tasks.stage import stores_root
 from tasks.store import BATCH, find_run, log_params, numbers
 from tasks.telemetry import Execution, execution_of
-from tasks.tracking import log_rows, missing_rows, read_history
+from tasks.tracking import log_rows, read_history, rows_to_add
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +33,7 @@ class Runs:
         execution = _execution(stage)
         for run in known:
             if "dvc.md5" not in run.data.tags:
-                missing = missing_rows(self.client, run.info.run_id, rows)
+                missing = rows_to_add(self.client, run, rows)
                 if missing is not None:
                     return self._complete(run, stage, md5, missing, execution)
         return self._complete(self._new(stage, execution), stage, md5, rows, execution)

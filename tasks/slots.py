@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from apprentice.config import Params
 from tasks.process import Stopped, stopping
+from tasks.stage import read_params
 from tasks.warm import warm_python
 
 PATIENCE = 3.0  # seconds to wait for a place before saying so
@@ -61,7 +62,7 @@ class Slots:
         if any(self.places) or sys.platform != "linux":
             yield
             return
-        with warm_python() as folder:
+        with warm_python(read_params().runtime.stop_seconds) as folder:
             self._python = {"PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}  # `python` of dvc.yaml
             try:
                 yield

@@ -23,7 +23,8 @@ import yaml
 from apprentice.config import Params
 from apprentice.demonstrations import digest
 from tasks import process
-from tasks.dvcstage import open_repo
+from tasks.alone import KEPT
+from tasks.dvcstage import open_repo, raise_if_asked
 from tasks.stage import MAIN_LINE, METHODS, ROOT
 from tasks.store import masked, store_uri
 from tasks.study_plan import CLAIMS, Job, StudyError, targets_of, with_changes, written
@@ -139,7 +140,8 @@ class Workspace:
     def run(self, job: Job, place: Mapping[str, str]) -> Experiment:
         """Run a job and fetch its experiment into the project, in the place of older ones of its name.
 
-        `place` is added to its environment. Raises RunFailed, or process.Stopped when everything is being stopped.
+        `place` is added to its environment. Raises RunFailed, StageStopped when a stage of it alone was asked to stop, or
+        process.Stopped when everything is being stopped.
         """
         log = ROOT / ".telemetry" / "study" / f"{job.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +155,10 @@ class Workspace:
                 if line.startswith(STARTED):
                     started()
 
-            code = process.run(self._command(job), self.root, {**self._environment(), **place}, hear)
+            patience = self.experiments.params.runtime.stop_seconds
+            code = process.run(self._command(job), self.root, {**self._environment(), **place}, hear, patience)
         if code:
+            raise_if_asked(tail)
             raise RunFailed("\n".join([f"{job.name} failed; the whole log: {log.relative_to(ROOT)}", *tail]))
         return self._fetch(job)
 
@@ -181,7 +185,7 @@ class Workspace:
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(self.python), os.environ.get("PATH", "")])  # `python` of dvc.yaml
-        return {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": store_uri()}
+        return {**os.environ, **KEPT, "PATH": path, "MLFLOW_TRACKING_URI": store_uri()}
 
     def _fetch(self, job: Job) -> Experiment:
         ref = self.experiments.ref(job)
@@ -217,7 +221,7 @@ def workspace(experiments: Experiments) -> Iterator[Workspace]:
         shutil.rmtree(root, ignore_errors=True)
         _clone(root, experiments.head)
         try:
-            with warm_python() as python:
+            with warm_python(experiments.params.runtime.stop_seconds) as python:
                 yield Workspace(root, experiments, python)
         finally:
             shutil.rmtree(root, ignore_errors=True)

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from apprentice.config import Params
 from tasks import process
-from tasks.dvcstage import read_stages
+from tasks.dvcstage import StageStopped, read_stages
 from tasks.slots import Slots, slots_of
 from tasks.stage import read_params
 from tasks.study_figures import recorded
@@ -45,7 +45,7 @@ class Session:
     def run(self, job: Job, place: Workspace, say: Callable[[str], None]) -> None:
         """Run one job when there is a place for it; says how long it took and what is left.
 
-        Raises RunFailed, or process.Stopped when everything is being stopped.
+        Raises RunFailed, StageStopped when a stage of it alone was asked to stop, or process.Stopped when everything is.
         """
         with self.slots.take(True, say) as device:
             began = time.monotonic()
@@ -53,6 +53,9 @@ class Session:
                 place.run(job, device)
             except RunFailed:
                 say(self._line(job, "failed", began))
+                raise
+            except StageStopped:
+                say(self._line(job, "stopped", began))
                 raise
             say(self._line(job, "done", began))
 

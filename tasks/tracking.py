@@ -71,6 +71,17 @@ def missing_rows(client: "MlflowClient", run_id: str, rows: list[dict[str, float
     return [row for row in rows if row["step"] not in logged]
 
 
+def rows_to_add(client: "MlflowClient", run: "Run", rows: list[dict[str, float]]) -> list[dict[str, float]] | None:
+    """What an unfinished run lacks; None when it cannot be gone on with.
+
+    One that was never closed is deleted: who followed the stage gave up or was killed, and what it sent may arrive yet.
+    """
+    if run.info.status == "RUNNING":
+        client.delete_run(run.info.run_id)
+        return None
+    return missing_rows(client, run.info.run_id, rows)
+
+
 class LiveRun(threading.Thread):
     """Follows a history.csv into a run tagged with the stage's key, which `register` adopts."""
 
@@ -83,6 +94,7 @@ class LiveRun(threading.Thread):
         self.logged: set[float] = set()
         self._inputs: tuple[str, dict[str, Any]] | None = None
         self._open_run: tuple[MlflowClient, str] | None = None
+        self._own: str | None = None  # id of the run, also after trouble
 
     def run(self) -> None:
         """Log rows as they appear, until `finish`; after trouble begin again with what MLflow has."""
@@ -118,7 +130,7 @@ class LiveRun(threading.Thread):
         self.warn(masked(f"{what}; training goes on, `register` will add what is missing"))
 
     def _open(self, rows: list[dict[str, float]]) -> tuple["MlflowClient", str]:
-        """The unfinished run of an earlier try when it agrees with the rows so far, else a new one."""
+        """The run of an earlier try when it was closed and agrees with the rows so far, or our own; else a new one."""
         from tasks.dvcstage import current_inputs
 
         key, params = self._inputs = self._inputs or current_inputs(self.stage)
@@ -128,12 +140,18 @@ class LiveRun(threading.Thread):
         tags = {"dvc.stage": self.stage, "dvc.inputs": key}
         self.logged = set()
         for run in find_run(client, experiment, tags):
-            if "dvc.md5" not in run.data.tags and missing_rows(client, run.info.run_id, rows) is not None:
-                self.logged = steps_of(client, run)
+            if "dvc.md5" in run.data.tags:
+                continue
+            if run.info.run_id == self._own or rows_to_add(client, run, rows) is not None:
+                self._own, self.logged = run.info.run_id, steps_of(client, run)
                 client.update_run(run.info.run_id, "RUNNING")
                 log_params(client, run.info.run_id, params, run.data.params)
                 return client, run.info.run_id
         run = client.create_run(experiment, self.began, tags, f"{self.stage} {key[:6]}")
+        self._own = run.info.run_id
+        if self.left:
+            client.delete_run(self._own)
+            raise TimeoutError("answered too late")
         log_params(client, run.info.run_id, params)
         return client, run.info.run_id
 

@@ -22,22 +22,23 @@ from pathlib import Path
 from typing import Any
 
 READY = "ready"
-GRACE = 20.0  # seconds that a program whose caller is gone has to end
-PARENT = 1.0  # seconds between a caller's looks at its own parent
 HANDED_ON = (signal.SIGINT, signal.SIGTERM)
 _STREAMS = 3
 
 
 @contextmanager
-def warm_python() -> Iterator[Path]:
-    """Start the warm Python; yields the folder of its `python`. It ends with the context, or with this process."""
+def warm_python(patience: float) -> Iterator[Path]:
+    """Start the warm Python; yields the folder of its `python`. It ends with the context, or with this process.
+
+    A program whose caller is gone is asked to end, and killed after `patience` seconds.
+    """
     with tempfile.TemporaryDirectory(prefix="warm-") as scratch:
         place, folder = Path(scratch) / "socket", Path(scratch) / "bin"
         folder.mkdir()
         words = (sys.executable, "-I", "-S", __file__, "call", str(place))
         (folder / "python").write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
         (folder / "python").chmod(0o755)
-        command = [sys.executable, "-I", "-u", __file__, "serve", str(place)]
+        command = [sys.executable, "-I", "-u", __file__, "serve", str(place), str(patience)]
         quiet = {**os.environ, "TQDM_DISABLE": "1"}  # read when it is loaded
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet, start_new_session=True
@@ -51,7 +52,7 @@ def warm_python() -> Iterator[Path]:
                 server.stdin.close()  # its sign to end
 
 
-def serve(place: str) -> None:
+def serve(place: str, patience: float) -> None:
     """Fork a process for each call, what is slow being loaded before the first, until standard input is closed."""
     attending: list[int] = []  # processes that attend to a call
     with socket.socket(socket.AF_UNIX) as listener:
@@ -68,7 +69,7 @@ def serve(place: str) -> None:
             attending.append(os.fork())
             if attending[-1] == 0:
                 listener.close()
-                os._exit(_attend(connection))
+                os._exit(_attend(connection, patience))
             connection.close()
     for process in attending:  # until the last program has ended, so that nothing is left behind
         os.waitpid(process, 0)
@@ -80,8 +81,11 @@ def _load() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedModel  # noqa: F401
 
 
-def _attend(connection: socket.socket) -> int:
-    """Run one call in a process of its own, hand on signals, and tell its exit code; end it when the caller is gone."""
+def _attend(connection: socket.socket, patience: float) -> int:
+    """Run one call in a process of its own, hand on signals, and tell its exit code; end it when the caller is gone.
+
+    A caller that had been asked to end and is gone was killed: so is its program, which was asked too.
+    """
     size = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
     first, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(_STREAMS * array.array("i").itemsize))
     streams = array.array("i", ancillary[0][2])
@@ -95,11 +99,13 @@ def _attend(connection: socket.socket) -> int:
     os.close(running)
     for stream in streams:
         os.close(stream)
+    asked = False
     while ended not in select.select([connection, ended], [], [])[0]:
         if not (sign := connection.recv(1)):
-            _end(program, ended)
+            _end(program, ended, 0.0 if asked else patience)
             break
         os.kill(program, sign[0])
+        asked = True
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
     try:
         connection.sendall(code.to_bytes(4, "big", signed=True))
@@ -108,9 +114,10 @@ def _attend(connection: socket.socket) -> int:
     return 0
 
 
-def _end(program: int, ended: int) -> None:
-    os.kill(program, signal.SIGINT)
-    if not select.select([ended], [], [], GRACE)[0]:
+def _end(program: int, ended: int, patience: float) -> None:
+    if patience:
+        os.kill(program, signal.SIGINT)
+    if not select.select([ended], [], [], patience)[0]:
         os.kill(program, signal.SIGKILL)
 
 
@@ -142,7 +149,7 @@ def call(place: str, words: list[str]) -> int:
     if not words or (words[0].startswith("-") and words[0] != "-m"):
         sys.exit(f"the warm Python runs `-m module ...` or `file ...`, got {shlex.join(words)!r}")
     about = {"folder": os.getcwd(), "environment": dict(os.environ), "words": words}
-    message, parent = json.dumps(about).encode(), os.getppid()
+    message = json.dumps(about).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(place)
         connection.sendall(len(message).to_bytes(8, "big"))
@@ -151,9 +158,6 @@ def call(place: str, words: list[str]) -> int:
         connection.sendall(message[1:])
         for sign in HANDED_ON:
             signal.signal(sign, lambda number, _: connection.sendall(bytes([number])))
-        while not select.select([connection], [], [], PARENT)[0]:
-            if os.getppid() != parent:
-                return 1  # and the program ends with this
         reply = connection.recv(4, socket.MSG_WAITALL)
     if len(reply) < 4:
         sys.exit(f"the warm Python ended while this ran: {shlex.join(words)}")
@@ -163,6 +167,6 @@ def call(place: str, words: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], float(sys.argv[3]))
     else:
         raise SystemExit(call(sys.argv[2], sys.argv[3:]))

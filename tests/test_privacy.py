@@ -17,8 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 import flows
+from flows.server import temporary_server
+from flows.ui import prefect_with_pages
 from tasks.preset import apply
 from tests.conftest import ROOT, Project
 from tests.toy import free_port, make_toy, wait_for
@@ -194,6 +198,48 @@ def ask(address: str, **headers: str) -> int:
         return error.code
 
 
+def preflight(address: str, origin: str) -> tuple[int, str | None]:
+    """What a browser learns before it sends JSON there from a page of that origin: the status, whom the server lets in."""
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    request = urllib.request.Request(address, headers=headers, method="OPTIONS")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as reply:
+            return reply.status, reply.headers.get("Access-Control-Allow-Origin")
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get("Access-Control-Allow-Origin")
+
+
+def opens_websocket(address: str, origin: str) -> bool:
+    """Whether a page of that origin can open one."""
+    try:
+        connect(address.replace("http:", "ws:"), origin=origin, proxy=None).close()
+    except InvalidStatus as error:
+        assert error.response.status_code == 403
+        return False
+    return True
+
+
+def check_who_can_use_prefect(prefect: str) -> None:
+    """Programs, and its own pages under both names of this machine; no page of elsewhere, under whatever name."""
+    flows_there, logs, evil = f"{prefect}/api/deployments/filter", f"{prefect}/api/logs/out", "http://evil.example"
+    assert ask(flows_there) == 200
+    for own in (prefect, prefect.replace("127.0.0.1", "localhost")):
+        assert ask(flows_there, Origin=own) == 200 and preflight(flows_there, own) == (200, own)
+        assert opens_websocket(logs, own)
+    for origin in (evil, "null", "http://127.0.0.1:1"):
+        assert preflight(flows_there, origin) == (403, None) and not opens_websocket(logs, origin)
+        for kind in ("application/json", "text/plain"):
+            assert ask(flows_there, Origin=origin, **{"Content-Type": kind}) == 403
+    assert ask(flows_there, Host="evil.example") == ask(flows_there, Host="evil.example", Origin=evil) == 400
+
+
+def test_a_flows_own_prefect_server_has_the_checks_of_the_one_with_pages() -> None:
+    for server in (temporary_server(), prefect_with_pages(4300)):
+        assert "flows.prefect_app:create" in server.command and server.address.endswith(f":{server.command[-3]}")
+        origins = server.env["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"].split(",")
+        assert origins == [server.address, server.address.replace("127.0.0.1", "localhost")]
+
+
 def page(address: str) -> str:
     """What a browser is shown there."""
     request = urllib.request.Request(address, headers={"Accept": "text/html"})
@@ -206,7 +252,12 @@ def test_the_servers_are_for_this_machine_alone(toy_ear: Ear) -> None:
     """Whatever the environment says; a page of elsewhere that a browser shows cannot use them, and theirs tell nobody."""
     ports = [free_port(), free_port()]
     words = ["-m", "flows.ui", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1])]
-    hostile = {"PREFECT_SERVER_API_HOST": "0.0.0.0", "PREFECT_API_URL": "http://192.0.2.1/api", "MLFLOW_HOST": "0.0.0.0"}
+    hostile = {
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "*",
+        "PREFECT_SERVER_API_HOST": "0.0.0.0",
+        "PREFECT_API_URL": "http://192.0.2.1/api",
+        "MLFLOW_HOST": "0.0.0.0",
+    }
     log, root = toy_ear.place / "log", toy_ear.project.root
     with log.open("w") as file:
         child = subprocess.Popen(
@@ -216,6 +267,7 @@ def test_the_servers_are_for_this_machine_alone(toy_ear: Ear) -> None:
         wait_for(lambda: "Ctrl-C" in log.read_text() or child.poll() is not None, 180)
         assert child.poll() is None, log.read_text()
         prefect, mlflow = (f"http://127.0.0.1:{port}" for port in ports)
+        check_who_can_use_prefect(prefect)
         search = f"{mlflow}/api/2.0/mlflow/experiments/search"
         assert ask(search) == 400  # heard, and found wanting a number of results
         assert ask(search, Host="elsewhere.example") == 403

@@ -28,7 +28,7 @@ PROC = Path("/proc")
 
 WORKER = '''
 """Does what a stage of the toy does: python worker.py <stage> [<item>]."""
-import csv, hashlib, json, os, pathlib, sys, time
+import csv, hashlib, json, os, pathlib, signal, sys, time
 
 
 def real_model(folder, seed):
@@ -56,6 +56,9 @@ seed = int(hashlib.md5((name + item + pathlib.Path("salt").read_text()).encode()
 if name in knobs.get("hang", []):
     pathlib.Path("hanging").write_text(str(os.getpid()))
     print("hanging", flush=True)
+    if knobs.get("deaf"):
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, lambda *_: pathlib.Path("asked").touch())
     time.sleep(600)
 if name in ("base", "sft", "extra", "told"):
     model = data / "models" / name
@@ -185,8 +188,8 @@ def make_toy(root: Path) -> Project:
 
 
 def knobs(toy: Project, **values: Any) -> None:
-    """What the stages do beside their work: fail=[names], hang=[names], hold=[names] before their third step
-    until there is a file `go`, step_seconds, real (checkpoints)."""
+    """What the stages do beside their work: fail=[names], hang=[names] (deaf: to signals too), hold=[names] before their third
+    step until there is a file `go`, step_seconds, real (checkpoints)."""
     toy.path("knobs.json").write_text(json.dumps(values))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from flows.command import answers
+from flows.command import STOPPED, answers
 from tests.conftest import Project
 from tests.toy import begin, empty_prefect, environment, free_port, knobs, make_toy, run, runs, wait_for, with_stores
 
@@ -142,12 +142,45 @@ def test_stopping_the_flow_ends_the_training_and_leaves_dvc_usable(toy: Project,
     wait_for(lambda: toy.path("hanging").exists() and toy.path("hanging").read_text())
     stage = int(toy.path("hanging").read_text())
     os.kill(child.pid, sign)
-    assert child.wait(60) not in (0, None), toy.path("output.txt").read_text()
+    assert child.wait(60) == 128 + sign, toy.path("output.txt").read_text()
     assert not runs(stage)
-    assert last_flow(server)["state_type"] in ("CRASHED", "CANCELLED", "FAILED")
+    last = last_flow(server)
+    assert last["state_type"] == "CANCELLED" and last["state"]["message"] == STOPPED[sign]
+    assert tasks_of(server, last)["sft"] == "Cancelled"
     knobs(toy)
     done = run(toy, "-m", "dvc", "repro", "sft")
     assert done.returncode == 0, done.stdout
+
+
+def hanging(toy: Project) -> int:
+    """The id of the stage that hangs, once it does."""
+    wait_for(lambda: toy.path("hanging").exists() and toy.path("hanging").read_text())
+    return int(toy.path("hanging").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "sign"), [("prepare", signal.SIGTERM), ("base", signal.SIGINT)])  # cold, warm
+def test_a_stage_that_alone_is_stopped_shows_as_cancelled(toy: Project, server: str, stage: str, sign: signal.Signals) -> None:
+    knobs(toy, hang=[stage])
+    child = begin(toy, "-m", "flows.align", "--only", "prepare", "base", PREFECT_API_URL=server)
+    os.kill(hanging(toy), sign)
+    assert child.wait(120) == 130, toy.path("output.txt").read_text()
+    last = last_flow(server)
+    (task,) = [t for t in ask_server(server, "task_runs", flow_runs={"id": {"any_": [last["id"]]}}) if t["name"] == stage]
+    assert last["state_type"] == "CANCELLED" and task["run_count"] == 1
+    assert task["state_type"] == "CANCELLED" and task["state"]["message"] == STOPPED[sign]
+
+
+@pytest.mark.slow
+def test_a_flow_that_is_stopped_twice_ends_at_once(toy: Project, server: str) -> None:
+    knobs(toy, hang=["base"], deaf=True)
+    child = begin(toy, "-m", "flows.align", "--only", "prepare", "base", PREFECT_API_URL=server)
+    stage = hanging(toy)
+    os.kill(child.pid, signal.SIGTERM)
+    wait_for(toy.path("asked").exists)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(45) == 143, toy.path("output.txt").read_text()  # else after runtime.stop_seconds, which are 60
+    assert not runs(stage) and last_flow(server)["state_type"] == "CANCELLED"
 
 
 @pytest.mark.slow

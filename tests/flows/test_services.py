@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -272,6 +273,23 @@ def test_two_flows_and_a_hand_run_at_once_end_as_one_after_the_other(
     assert store(f"sqlite:///{toy.root / 'mlflow.db'}") == store(f"sqlite:///{made.root / 'mlflow.db'}")
     assert toy.path("data/reports/registry.json").read_bytes() == made.path("data/reports/registry.json").read_bytes()
     assert not json.loads(toy.path(".dvc/tmp/rwlock").read_text()).get("write")
+
+
+def test_two_flows_that_start_together_in_a_new_project(tmp_path: Path, made: Project, begin: Begin) -> None:
+    """No server runs and there is no database yet: each starts Prefect for itself, and both make what they share."""
+    toy = make_toy(tmp_path / "toy")
+    flows = []
+    for name in ("first.txt", "second.txt"):
+        flows.append(begin(toy, "-m", "flows.align"))
+        toy.path("output.txt").rename(toy.path(name))
+    codes = [flow.wait(400) for flow in flows]
+    said = toy.path("first.txt").read_text() + toy.path("second.txt").read_text()
+    assert codes == [0, 0], said
+    ran = re.findall(r"\[(\w+)\] from a (?:warm|cold) start", said)
+    assert sorted(ran) == ["base", "evaluate", "evaluate", "prepare", "report", "sft", "words"], said
+    assert outputs(toy) == outputs(made)
+    assert store(f"sqlite:///{toy.root / 'mlflow.db'}") == store(f"sqlite:///{made.root / 'mlflow.db'}")
+    wait_for(lambda: not toys.begun_in(toy))
 
 
 def test_prefects_server_that_is_killed_and_started_again(toy: Project, made: Project, prefect: Service, begin: Begin) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tasks import dvclocks, process
 from tasks.dvclocks import drop_stale, holders_in, wait_for_change
+from tests.toy import make_toy, run
 
 
 @pytest.fixture
@@ -59,6 +60,40 @@ def test_a_file_that_was_cut_short_goes(locks: Path, cut: str) -> None:
 def test_no_file_is_no_lock(locks: Path) -> None:
     drop_stale()
     assert not locks.exists()
+
+
+def test_the_command_says_what_it_took_out_and_who_holds_what(
+    locks: Path, holder: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> list[str]:
+        dvclocks.main()
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr(sys, "argv", ["dvclocks"])
+    write, read = {"/a": entry(holder.pid), "/b": entry(os.getpid())}, {"/c": [entry(os.getpid(), "dvc status")]}
+    locks.write_text(json.dumps({"write": write, "read": read}))
+    held = f"held: /a, written by `/venv/bin/dvc repro sft` (pid {holder.pid})"
+    gone = f"taken out: /b, written by `/venv/bin/dvc repro sft` (pid {os.getpid()})"
+    assert said() == [gone, f"taken out: /c, read by `dvc status` (pid {os.getpid()})", held]
+    assert said() == [held]
+    locks.write_text('{"write": {"/a')
+    free = "no path is held: the next `dvc` is free to begin"
+    assert said() == [f"taken out: the whole of {locks}, which was cut short", free]
+    assert said() == [free]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["another's id", "cut short"])
+def test_a_dvc_by_hand_is_free_again_after_the_command(tmp_path: Path, left: str) -> None:
+    """As after a power cut, or in a container that was started again."""
+    toy = make_toy(tmp_path / "toy")
+    stale = {"write": {str(toy.path("data/clean")): entry(os.getpid())}, "read": {}}
+    toy.path(".dvc/tmp").mkdir(parents=True, exist_ok=True)
+    toy.path(".dvc/tmp/rwlock").write_text(json.dumps(stale) if left == "another's id" else '{"write": {"/a')
+    assert run(toy, "-m", "dvc", "repro", "prepare").returncode != 0
+    assert run(toy, "-m", "tasks.dvclocks").stdout.startswith("taken out: ")
+    done = run(toy, "-m", "dvc", "repro", "prepare")
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_holder_is_told_with_its_command_and_since_when(holder: "subprocess.Popen[bytes]") -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,8 @@ def test_a_stage_that_fails_is_no_fault_of_the_machinery(toy: Project) -> None:
 def test_only_faults_of_locks_and_processes_are_the_machinerys(
     monkeypatch: pytest.MonkeyPatch, code: int, line: str, kind: type
 ) -> None:
-    def fake(command: list[str], cwd: Path, env: dict[str, str], say: object) -> int:
-        assert command[3:5] == ["--wait-for-lock", "repro"]
+    def fake(command: list[str], cwd: Path, env: dict[str, str], say: object, patience: float) -> int:
+        assert command[3:5] == ["--wait-for-lock", "repro"] and patience == 60
         say("data/y is busy, says the stage") if line.startswith("ERROR: failed to reproduce 'sft': f") else None
         say(line)
         return code
@@ -149,6 +150,21 @@ def test_only_faults_of_locks_and_processes_are_the_machinerys(
     with pytest.raises(dvcstage.StageFailed) as caught:
         dvcstage.repro("sft", lambda line: None)
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [(130, "stopped by Ctrl-C"), (-2, "stopped by Ctrl-C"), (143, "stopped by SIGTERM"), (-15, "stopped by SIGTERM")],
+)
+def test_a_stage_that_alone_was_asked_to_stop_did_not_fail(monkeypatch: pytest.MonkeyPatch, end: int, said: str) -> None:
+    def fake(command: list[str], cwd: Path, env: dict[str, str], say: Callable[[str], None], patience: float) -> int:
+        say("step 1, exited with 3 of 130")
+        say(f"ERROR: failed to reproduce 'sft': failed to run: python -m tasks.sft, exited with {end}")
+        return 255
+
+    monkeypatch.setattr(dvcstage.process, "run", fake)
+    with pytest.raises(dvcstage.StageStopped, match=f"^{said}$"):
+        dvcstage.repro("sft", lambda line: None)
 
 
 @pytest.mark.slow

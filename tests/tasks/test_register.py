@@ -257,7 +257,8 @@ def test_a_metric_that_the_report_has_not_is_a_clear_error(toy: Project) -> None
     assert "register.champion_metric: report.json has no 'accuracy'; it has validation/held_out_loss" in done.stdout
 
 
-def test_a_live_run_is_taken_over(toy: Project) -> None:
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_live_run_is_taken_over_if_nobody_may_write_to_it_any_more(toy: Project, closed: bool) -> None:
     own = client(toy)
     code = "import json; from tasks.dvcstage import current_key; print(json.dumps(current_key('sft')))"
     from tests.toy import ask
@@ -268,10 +269,13 @@ def test_a_live_run_is_taken_over(toy: Project) -> None:
     rows = toy.path("data/reports/sft/history.csv").read_text().splitlines()[1:]
     for line in rows[:2]:
         own.log_metric(live, "curve/loss", float(line.split(",")[1]), step=int(line.split(",")[0]))
+    if closed:
+        own.set_terminated(live, "KILLED")
     register(toy)
     (version,) = [v for v in versions(toy) if v.tags["method"] == "sft"]
-    assert version.run_id == live
-    assert [m.step for m in own.get_metric_history(live, "curve/loss")] == [1, 2, 3, 4, 5]
+    (run,) = own.search_runs([group], "tags.`dvc.stage` = 'sft'")
+    assert version.run_id == run.info.run_id and (run.info.run_id == live) == closed
+    assert [m.step for m in own.get_metric_history(version.run_id, "curve/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_an_attempt_that_was_killed_leaves_nothing_behind(toy: Project) -> None:

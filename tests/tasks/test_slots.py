@@ -61,8 +61,8 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     happened: list[str] = []
 
     @contextmanager
-    def stand_in() -> Iterator[Path]:
-        happened.append("started")
+    def stand_in(patience: float) -> Iterator[Path]:
+        happened.append(f"started, {patience:g} s to end")
         yield Path("/warm")
         happened.append("ended")
 
@@ -77,9 +77,9 @@ def test_torch_stages_are_forked_from_a_warm_python_and_others_are_not(warm: lis
     with one.warm():
         with one.take(True, print) as place, one.take(False, print) as none:
             assert place == {"PATH": "/warm:/bin"} and none == {}
-        assert warm == ["started"]
+        assert warm == ["started, 60 s to end"]
     with one.take(True, print) as place:
-        assert place == {} and warm == ["started", "ended"]
+        assert place == {} and warm == ["started, 60 s to end", "ended"]
 
 
 @pytest.mark.parametrize(("places", "platform"), [([{"CUDA_VISIBLE_DEVICES": "0"}], "linux"), ([{}], "darwin")])

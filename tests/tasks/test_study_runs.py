@@ -13,6 +13,7 @@ import yaml
 
 from apprentice.config import Params
 from tasks import study_runs
+from tasks.dvcstage import StageStopped
 from tasks.slots import Slots
 from tasks.study_plan import Job, Run, StudyError, seeds_of
 from tasks.study_report import committed
@@ -192,7 +193,7 @@ def test_experiments_start_one_after_the_other_and_then_run_side_by_side(
     begun: list[str] = []
     go_on, end = threading.Event(), threading.Event()
 
-    def fake(command: list[str], cwd: Path, env: dict[str, str], say: Callable[[str], None]) -> int:
+    def fake(command: list[str], cwd: Path, env: dict[str, str], say: Callable[[str], None], patience: float) -> int:
         begun.append(command[command.index("--name") + 1])
         go_on.wait(10)
         say(f"{STARTED} 'x'")
@@ -220,6 +221,19 @@ def test_experiments_start_one_after_the_other_and_then_run_side_by_side(
     for thread in threads:
         thread.join(10)
     assert len(failed) == 2 and all(f"{STARTED} 'x'" in text and ".telemetry/study/study-a-" in text for text in failed)
+
+
+def test_a_job_whose_stage_alone_was_asked_to_stop_did_not_fail(
+    root: Path, params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(command: list[str], cwd: Path, env: dict[str, str], say: Callable[[str], None], patience: float) -> int:
+        say("ERROR: failed to reproduce 'sft': failed to run: python -m tasks.sft, exited with 143")
+        return 255
+
+    monkeypatch.setattr(study_runs.process, "run", fake)
+    place = Workspace(root, Experiments(params()), root)
+    with pytest.raises(StageStopped, match="stopped by SIGTERM"):
+        place.run(Job(RUN, 1), {})
 
 
 def test_a_job_is_one_dvc_experiment_with_its_params_and_targets(root: Path, params: Callable[..., Params]) -> None:

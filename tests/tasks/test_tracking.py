@@ -1,5 +1,6 @@
 """The run that follows a training, in a real MLflow database of its own."""
 
+import pkgutil
 import shutil
 import socket
 import threading
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from tasks import store, tracking
+from tasks.locked import LockedOut, LockedStage
+from tasks.runs import Runs
 from tasks.tracking import LiveRun, followed, missing_rows, read_history
 from tests.toy import empty_store, wait_for
 
@@ -207,10 +210,11 @@ def test_charts_go_on_when_mlflow_comes_back_and_no_point_is_doubled(
     assert len(said) == 1 and "reset" in said[0] and runs()[0].info.status == "FINISHED"
 
 
-def test_what_was_given_up_writes_nothing_later(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["tasks.tracking.open_store", "mlflow.MlflowClient.create_run"])
+def test_what_was_given_up_writes_nothing_later(history: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     """`register` may be at the same run by then."""
-    whole, go = tracking.open_store, threading.Event()
-    monkeypatch.setattr(tracking, "open_store", lambda name: (go.wait(60), whole(name))[1])
+    whole, go = pkgutil.resolve_name(at), threading.Event()
+    monkeypatch.setattr(at, lambda *what: (go.wait(60), whole(*what))[1])
     write(history, 2.0)
     said: list[str] = []
     thread = live(history, said.append)
@@ -218,6 +222,36 @@ def test_what_was_given_up_writes_nothing_later(history: Path, monkeypatch: pyte
     go.set()
     thread.join(30)
     assert not thread.is_alive() and runs() == []
+
+
+def test_points_under_way_when_it_was_given_up_are_not_doubled(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They arrive after `register` has looked which there are."""
+    whole, asked, go = tracking.log_rows, threading.Event(), threading.Event()
+
+    def late(*what: Any) -> None:
+        asked.set()
+        go.wait(60)
+        whole(*what)
+
+    write(history, 2.0, 1.0)
+    monkeypatch.setattr(tracking, "log_rows", late)
+    said: list[str] = []
+    thread = live(history, said.append)
+    assert asked.wait(60)
+    thread.finish("FINISHED", patience=0.2)
+    monkeypatch.setattr(tracking, "log_rows", whole)
+    client, group = store.open_store("apprentice")
+    registered = Runs(client, group, {}).of(locked(history))
+    go.set()
+    thread.join(30)
+    assert not thread.is_alive() and [run.info.run_id for run in runs()] == [registered.info.run_id]
+    assert curve(registered.info.run_id) == [(1, 2.0), (2, 1.0)] and registered.info.status == "FINISHED"
+
+
+def locked(history: Path) -> LockedStage:
+    """The stage as dvc.lock has it once it has ended."""
+    out = LockedOut("data/reports/sft/history.csv", "ab", False, {"": history})
+    return LockedStage("sft", "dvc.yaml", "none", "", {}, KEY, {"seed": 3}, {}, (out,), False)
 
 
 def test_a_batch_ends_with_a_whole_row(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import process
 from tasks.warm import warm_python
 from tests.toy import runs, wait_for
 
@@ -25,7 +26,7 @@ sys.exit(7)
 @pytest.fixture(scope="module")
 def python() -> Iterator[Path]:
     """The folder of a `python` that stands for a warm one."""
-    with warm_python() as folder:
+    with warm_python(20.0) as folder:
         yield folder
 
 
@@ -90,15 +91,36 @@ def test_a_program_is_told_what_its_caller_is_told_and_may_save_first(python: Pa
     assert caller.wait(20) == 143 and not runs(program) and caller.stdout.read() == b""
 
 
-def test_a_program_ends_when_the_parent_of_its_caller_is_killed(python: Path, tmp_path: Path) -> None:
-    (tmp_path / "wait.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(300)")
-    words = f"import subprocess; subprocess.run({command(python, '-m', 'wait')!r})"
-    parent = subprocess.Popen([sys.executable, "-c", words], cwd=tmp_path, stdout=subprocess.PIPE)
-    assert parent.stdout
-    program = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: not runs(program))
+def test_a_program_whose_dvc_is_killed_is_asked_once_and_saves(python: Path, tmp_path: Path) -> None:
+    """The caller's keeper asks it (tasks/process.py); `dvc` is here the caller's parent."""
+    (tmp_path / "train.py").write_text(
+        "import os, signal, time\nasked = []\nsignal.signal(2, lambda *_: asked.append(1))\nprint(os.getpid(), flush=True)\n"
+        "while not asked: time.sleep(0.05)\ntime.sleep(3)\nopen('saved', 'w').write(str(len(asked)))\n"
+    )
+    dvc = f"import os, subprocess; print(os.getpid(), flush=True); subprocess.run({command(python, 'train.py')!r})"
+    said: list[str] = []
+
+    def hear(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            os.kill(int(said[0]), signal.SIGKILL)
+
+    assert process.run([sys.executable, "-c", dvc], tmp_path, dict(os.environ), hear, 20.0) == -signal.SIGKILL
+    wait_for(lambda: not runs(int(said[1])))
+    assert (tmp_path / "saved").read_text() == "1"
+
+
+def test_a_program_that_was_asked_is_killed_with_its_caller(python: Path, tmp_path: Path) -> None:
+    """So a flow that is stopped twice is not held up by one that does not listen."""
+    (tmp_path / "deaf.py").write_text(SAVING.replace("sys.exit(143)", "pass"))
+    caller = subprocess.Popen(command(python, "-m", "deaf"), cwd=tmp_path, stdout=subprocess.PIPE)
+    assert caller.stdout
+    program = int(caller.stdout.readline())
+    caller.send_signal(signal.SIGINT)
+    assert caller.stdout.readline() == b"saving 2\n"
+    caller.kill()
+    caller.wait()
+    wait_for(lambda: not runs(program), 15)
 
 
 def test_nothing_is_loaded_where_no_program_comes() -> None:
@@ -107,7 +129,7 @@ def test_nothing_is_loaded_where_no_program_comes() -> None:
         return children.ru_utime + children.ru_stime
 
     before = used()
-    with warm_python():
+    with warm_python(20.0):
         pass
     assert used() - before < 1.0  # torch alone takes more
 
@@ -130,7 +152,7 @@ def test_other_words_are_refused(python: Path) -> None:
 
 
 def test_it_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
-    code = "import time; from tasks.warm import warm_python\nwith warm_python() as p: print(p, flush=True); time.sleep(300)"
+    code = "import time; from tasks.warm import warm_python\nwith warm_python(20.0) as p: print(p, flush=True); time.sleep(300)"
     root = Path(__file__).resolve().parents[2]
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     assert owner.stdout

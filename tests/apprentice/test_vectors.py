@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from apprentice.tokens import train_word_tokenizer
-from apprentice.vectors import Vector, add, check_configs, check_tokenizers, cosine, difference, facts, random_vector
+from apprentice.vectors import (
+    Vector,
+    add,
+    check_configs,
+    check_tokenizers,
+    cosine,
+    difference,
+    facts,
+    random_vector,
+    with_norms_of,
+)
 from tests.apprentice.toys import hash_of, tiny_llama
 
 
@@ -200,6 +210,21 @@ def test_V5_the_control_has_the_norms_of_the_vector() -> None:
     assert abs(cosine(noise, random_vector(vector, 6))) < 4 / count**0.5
     one, other = random_vector(vector_of([1.0, 2.0], [1.0, 2.0]), 5).tensors.values()
     assert not torch.equal(one, other)  # each tensor has noise of its own
+
+
+def test_another_vector_at_the_norms_of_the_first_by_hand() -> None:
+    # norms 5, 13, 1 and 0; the control's 2, 1, 0 and 2
+    vector = vector_of([3.0, 4.0], [5.0, -12.0], [1.0, 0.0], [0.0, 0.0], names="abcd")
+    control = Vector(vector_of([0.0, -2.0], [0.6, 0.8], [0.0, 0.0], [2.0, 0.0], names="abcd").tensors, ("*norm*",), {"x": 1})
+    found = with_norms_of(vector, control)
+    wanted = {"a": [0.0, -5.0], "b": [7.8, 10.4], "c": [0.0, 0.0], "d": [0.0, 0.0]}
+    assert {name: tensor.tolist() for name, tensor in found.tensors.items()} == {
+        name: pytest.approx(values, rel=1e-6) for name, values in wanted.items()
+    }
+    assert (found.exclude, found.config) == (control.exclude, control.config)
+    assert control.tensors["a"].tolist() == [0.0, -2.0]  # left as it was
+    with pytest.raises(ValueError, match=r"a is .* in the vector, .* in the control"):
+        with_norms_of(vector, vector_of([1.0], names="a"))
 
 
 def test_the_control_is_gaussian() -> None:

@@ -25,13 +25,22 @@ class ContinuedSFTConfig:
 class FilteredConfig(FineTuningConfig):
     """Fine-tuning of `init` on those of the candidates that `keep` lets through.
 
-    top_share: the best `level` of each prompt's candidates by self-reward; best: the best one (RAFT); threshold: those
-    whose self-reward, brought to [0, 1] per prompt, is above `level` (ReST); verified: those the verifier accepts (RFT).
+    candidates: those of `pairs` (self-reward) or `rescored`. top_share: the best `level` of each prompt's candidates by
+    reward; best: the best one (RAFT); threshold: those whose reward, brought to [0, 1] per prompt, is above `level` (ReST);
+    verified: those the verifier accepts (RFT).
     """
 
     init: Name
+    candidates: Literal["pairs", "rescored"]
     keep: Literal["top_share", "best", "threshold", "verified"]
     level: Share
+
+
+@dataclass(frozen=True)
+class SampleRankConfig(PreferenceConfig):
+    """Preference optimisation on pairs of any candidates: those of `pairs` (self-reward) or `rescored`."""
+
+    candidates: Literal["pairs", "rescored"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ class MethodSections:
     srppo_tuned: SRPPOConfig
     tilt: TiltConfig
     direct: PreferenceConfig
-    sft_sample_rank: PreferenceConfig
+    sft_sample_rank: SampleRankConfig
     whole_pairs: PreferenceConfig
     perstep: PerStepConfig
     crlft: CRLFTConfig

@@ -101,6 +101,12 @@ def random_vector(vector: Vector, seed: int) -> Vector:
     return Vector({name: noise_like(name, t, seed) for name, t in vector.tensors.items()}, vector.exclude, vector.config)
 
 
+def with_norms_of(vector: Vector, control: Vector) -> Vector:
+    """The control, each tensor scaled to the norm of the vector's own (one that is 0 stays so): only its direction counts."""
+    names = common_names({"the vector": layout(vector.tensors), "the control": layout(control.tensors)}, ())
+    return Vector({n: scaled(control.tensors[n], vector.tensors[n]) for n in names}, control.exclude, control.config)
+
+
 def facts(vector: Vector, model: PreTrainedModel, lineage: str) -> Facts:
     """Facts of a vector held against a model, most usefully its `minus`. lineage: "parallel", "chain" or what is known."""
     own = parameters_of(model)
@@ -112,9 +118,8 @@ def facts(vector: Vector, model: PreTrainedModel, lineage: str) -> Facts:
 
 def cosine(a: Vector, b: Vector) -> float:
     """Cosine of two vectors over the same tensors. Raises ValueError when these differ or a vector is 0."""
-    names = common_names({"the first vector": layout(a.tensors), "the second": layout(b.tensors)}, ())
     dots = [0.0, 0.0, 0.0]
-    for name in names:
+    for name in common_names({"the first vector": layout(a.tensors), "the second": layout(b.tensors)}, ()):
         x, y = a.tensors[name].flatten().double(), b.tensors[name].flatten().double()
         dots = [total + float(p @ q) for total, p, q in zip(dots, (x, x, y), (y, x, y), strict=True)]
     if not dots[1] or not dots[2]:
@@ -146,7 +151,8 @@ def common_names(layouts: Mapping[str, Layout], exclude: Sequence[str]) -> list[
     """
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for names in layouts.values() for name in names):
-            raise ValueError(f"exclude: no tensor name matches {pattern!r}; names are like {', '.join(_first(layouts))}")
+            known = list(next(iter(layouts.values())))[:SHOWN]
+            raise ValueError(f"exclude: no tensor name matches {pattern!r}; names are like {', '.join(known)}")
     kept = {
         role: {name: form for name, form in names.items() if not any(fnmatchcase(name, pattern) for pattern in exclude)}
         for role, names in layouts.items()
@@ -162,10 +168,6 @@ def common_names(layouts: Mapping[str, Layout], exclude: Sequence[str]) -> list[
     if not names:
         raise ValueError(f"exclude: {', '.join(exclude)} leave no tensor to take part")
     return names
-
-
-def _first(layouts: Mapping[str, Layout]) -> list[str]:
-    return list(next(iter(layouts.values())))[:SHOWN]
 
 
 def _some(texts: Sequence[str]) -> str:
@@ -191,12 +193,15 @@ def stepped(name: str, target: Tensor, delta: Tensor, coefficient: float) -> Ten
 
 def noise_like(name: str, delta: Tensor, seed: int) -> Tensor:
     """Gaussian noise with the shape, dtype, device and norm of `delta`, drawn from seed and name alone."""
-    norm = math.sqrt(_square(delta))
-    if not norm:
-        return torch.zeros_like(delta)
     generator = torch.Generator().manual_seed(int(digest([seed, name])[:15], 16))
     noise = torch.randn(delta.shape, generator=generator, dtype=delta.dtype)
-    return noise.mul_(norm / math.sqrt(_square(noise))).to(delta.device)
+    return scaled(noise, delta).to(delta.device)
+
+
+def scaled(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the norm of `like`; one that is 0 stays so."""
+    norm = math.sqrt(_square(tensor))
+    return tensor * (math.sqrt(_square(like)) / norm) if norm else tensor
 
 
 def _square(tensor: Tensor) -> float:

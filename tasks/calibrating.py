@@ -1,13 +1,15 @@
-"""Pairs of right and wrong samples on held-out prompts, and what both reward models say of them."""
+"""Right and wrong samples on held-out prompts, against each other and against an anchor, and what both reward models say."""
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from apprentice.calibration import expected_calibration_error, flip_rate
 from apprentice.compute import Compute
+from apprentice.demonstrations import Demonstration
 from apprentice.evaluation import respond
 from apprentice.judge import PreferencePair, order_logits
 from apprentice.policy import decode_responses
@@ -19,9 +21,27 @@ from tasks.measuring import Measured, Row
 from tasks.ranking import judge_of, reward_model_of
 from tasks.stage import Stage, StageError
 
+MODELS = ("judge", "bt_reward")
 
-def judged_pairs(stage: Stage, compute: Compute) -> list[tuple[str, PreferencePair]]:
-    """A right and a wrong sample of the SFT model, both ended, for each held-out prompt that has them: (row id, pair)."""
+
+class Drawn(NamedTuple):
+    """The SFT model's samples to a held-out prompt that ended, each with the verifier's word."""
+
+    row: Demonstration
+    texts: list[str]
+    right: list[bool]
+
+
+class Anchored(NamedTuple):
+    """A sample beside the first one of its prompt, the anchor. outcome: 1 when it alone is right, 0 when the anchor alone is,
+    else 1/2."""
+
+    pair: PreferencePair
+    outcome: float
+
+
+def samples_of(stage: Stage, compute: Compute) -> list[Drawn]:
+    """The samples to each held-out prompt that has an answer."""
     config, rows = stage.config, [row for row in table(stage, "evaluation") if row.meta["verifier"] is not None]
     if not rows:
         raise StageError("calibration: no held-out prompt has an answer to check by; set ingest.verifier or leave it out")
@@ -39,13 +59,39 @@ def judged_pairs(stage: Stage, compute: Compute) -> list[tuple[str, PreferencePa
     found = []
     for i, row in enumerate(rows):
         drawn = [texts[n] for n in range(i * config.samples, (i + 1) * config.samples) if ended[n]]
-        right = [text for text in drawn if verify(row.meta["verifier"], text, row.answer or "")]
-        wrong = [text for text in drawn if not verify(row.meta["verifier"], text, row.answer or "")]
-        if right and wrong:
-            found.append((row.id, PreferencePair(row.prompt, right[0], wrong[0], row.meta["domain"])))
+        found.append(Drawn(row, drawn, [verify(row.meta["verifier"], text, row.answer or "") for text in drawn]))
+    return found
+
+
+def judged_pairs(drawn: Sequence[Drawn]) -> list[tuple[str, PreferencePair]]:
+    """The first right and the first wrong sample of each prompt that has both: (row id, pair)."""
+    found = []
+    for row, texts, right in drawn:
+        if True in right and False in right:
+            chosen, rejected = texts[right.index(True)], texts[right.index(False)]
+            found.append((row.id, PreferencePair(row.prompt, chosen, rejected, row.meta["domain"])))
     if not found:
         raise StageError("calibration: no held-out prompt has a right and a wrong sample; raise calibration.samples")
     return found
+
+
+def anchored(drawn: Sequence[Drawn]) -> list[Anchored]:
+    """Each sample against its prompt's anchor, prompts whose samples are all right or all wrong included; equal texts tell
+    nothing and are left out."""
+    return [
+        Anchored(PreferencePair(row.prompt, text, texts[0], row.meta["domain"]), (1 + ok - right[0]) / 2)
+        for row, texts, right in drawn
+        for text, ok in zip(texts[1:], right[1:], strict=True)
+        if text != texts[0]
+    ]
+
+
+def win_logits(stage: Stage, pairs: Sequence[PreferencePair], compute: Compute) -> tuple[Tensor, Tensor, Tensor]:
+    """[N] logits that the pair's first response wins: the judge's in both orders, and the Bradley-Terry model's."""
+    one, other = order_logits(judge_of(stage, compute), [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs])
+    first, second = encode_pairs(tokenizer_of(stage, "sft"), pairs)
+    scalar = bt_win_logits(reward_model_of(stage, compute), first.to(compute.device), second.to(compute.device), compute)
+    return one, other, scalar
 
 
 def logits_of(stage: Stage, pairs: Sequence[tuple[str, PreferencePair]], compute: Compute) -> list[Row]:
@@ -56,9 +102,7 @@ def logits_of(stage: Stage, pairs: Sequence[tuple[str, PreferencePair]], compute
         right_first = rng.random() < 0.5
         first, second = (pair.chosen, pair.rejected) if right_first else (pair.rejected, pair.chosen)
         shown.append((PreferencePair(pair.prompt, first, second, pair.source), right_first))
-    one, other = order_logits(judge_of(stage, compute), [(p.prompt, p.chosen, p.rejected) for p, _ in shown])
-    first, second = encode_pairs(tokenizer_of(stage, "sft"), [pair for pair, _ in shown])
-    scalar = bt_win_logits(reward_model_of(stage, compute), first.to(compute.device), second.to(compute.device), compute)
+    one, other, scalar = win_logits(stage, [pair for pair, _ in shown], compute)
     columns = zip(ranker_reward(one, other).tolist(), one.tolist(), other.tolist(), scalar.tolist(), strict=True)
     return [
         {
@@ -81,10 +125,23 @@ def summary(rows: Sequence[Row], bins: int) -> dict[str, Any]:
         return torch.tensor([row[name] for row in rows], dtype=torch.float64)
 
     outcomes, found = column("first_is_right"), {"pairs": float(len(rows))}
-    for name in ("judge", "bt_reward"):
+    for name in MODELS:
         logits = column(name)
         right = ((logits > 0) == (outcomes > 0.5)).double() * (logits != 0) + 0.5 * (logits == 0)
         found[f"{name}_accuracy"] = round(float(right.mean()), 6)
         found[f"{name}_calibration_error"] = round(expected_calibration_error(logits.sigmoid(), outcomes, bins), 6)
     found["judge_flip_rate"] = round(flip_rate(column("judge_first_order"), column("judge_second_order")), 6)
     return found
+
+
+def anchor_summary(stage: Stage, found: Sequence[Anchored], compute: Compute) -> dict[str, Any]:
+    """For either model the expected calibration error, over all prompts, of the probability that a sample beats the anchor."""
+    one, other, scalar = win_logits(stage, [pair for pair, _ in found], compute)
+    outcomes = torch.tensor([outcome for _, outcome in found], dtype=torch.float64)
+    errors = {
+        f"{name}_anchor_calibration_error": round(
+            expected_calibration_error(logits.double().sigmoid(), outcomes, stage.config.bins), 6
+        )
+        for name, logits in zip(MODELS, (ranker_reward(one, other), scalar), strict=True)
+    }
+    return {"anchored": float(len(found)), **errors}

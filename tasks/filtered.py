@@ -26,7 +26,7 @@ def filtered_stage(stage: Stage, check: Check | None = None) -> None:
         raise StageError(
             f"{stage.name}.keep: {config.keep!r} does not belong to this stage; `verified` is for rft and rft_long"
         )
-    for group in prompt_groups(stage, "pairs"):
+    for group in prompt_groups(stage, config.candidates):
         rewards = scores(group)
         if check:
             kept = [i for i, row in enumerate(group) if row["ended"] and check(row["prompt_id"], row["response"])]

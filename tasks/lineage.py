@@ -9,7 +9,11 @@ from pathlib import PurePosixPath
 from tasks.dvcstage import StageInfo
 from tasks.stage import StageError
 
-LABELS = {"data/clean/answers.jsonl": "verifier", "data/clean/preferences.jsonl": "preferences"}
+LABELS = {  # what each table tells of responses that are no demonstrations
+    "data/clean/answers.jsonl": "verifier",
+    "data/clean/preferences.jsonl": "preferences",
+    "data/clean/suboptimal.jsonl": "qualities",
+}
 NO_LESSON = {  # made from all tables, and yet no label passes through
     "data/reports/validate/passed",  # lets the pipeline pass or stops it
     "data/models/tokenizer",  # a vocabulary: the words of chosen and rejected responses alike
@@ -18,7 +22,8 @@ NO_LABELS = "none"
 
 
 def labels_of(stages: Sequence[StageInfo]) -> dict[str, str]:
-    """Which labels each stage learned from, itself or through other stages: none, verifier, preferences, or both.
+    """Which labels each stage learned from, itself or through other stages: none, or such of verifier, preferences and
+    qualities as there were, joined by " and ".
 
     A stage reads labels that lie in a folder it names. `stages` stand in an order that can be run, each after what it needs.
     """

@@ -1,4 +1,4 @@
-"""RAFT (2304.06767): fine-tune on the best candidate of each prompt by self-reward."""
+"""RAFT (2304.06767): fine-tune on the best candidate of each prompt by reward."""
 
 from tasks.stage import Stage, run
 

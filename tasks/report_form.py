@@ -13,7 +13,8 @@ READING = (
 )
 LABELS = (
     "Labels: what a model learned from beside demonstrations, itself or through the models it was made from, by the inputs "
-    "that DVC knows: none (demonstrations alone), the verifier's verdicts, or preference labels."
+    "that DVC knows: none (demonstrations alone), the verifier's verdicts, preference labels, or the "
+    "qualities of rows that are no demonstrations."
 )
 
 

@@ -91,6 +91,8 @@ TRAINING = {
     "anchor_win_rate": "Mean probability of beating the prompt's anchor, by the reward model.",
     "saturated": "Share of rewards near one, where the reward model tells no more apart.",
     "flip_rate": "Share of pairs on which the judge changes its mind with the order of the two responses.",
+    "calibration_error": "Gap between the probability that a right sample beats a wrong one and how often it does.",
+    "anchor_calibration_error": "The same of any sample against its prompt's first, over all prompts, by the verifier.",
     "coefficient": "How much of the vector is added.",
     "own_format_share": "Share of responses in the form the target was tuned to.",
 }

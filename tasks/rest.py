@@ -1,4 +1,4 @@
-"""ReST (2308.08998): fine-tune on the candidates whose normalised self-reward passes a threshold."""
+"""ReST (2308.08998): fine-tune on the candidates whose normalised reward passes a threshold."""
 
 from tasks.stage import Stage, run
 

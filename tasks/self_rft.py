@@ -1,4 +1,4 @@
-"""Fine-tune on the share of each prompt's candidates with the highest self-reward."""
+"""Fine-tune on the share of each prompt's candidates with the highest reward."""
 
 from tasks.stage import Stage, run
 

@@ -1,4 +1,4 @@
-"""RSO's `sft-sample-rank` (2309.06657): pairs of any candidates of the SFT model, labelled by the reward of `pairs`."""
+"""RSO's `sft-sample-rank` (2309.06657): pairs of any candidates of the SFT model, labelled by their reward."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ def main(stage: Stage) -> None:
     from tasks.preferring import prefer_stage
 
     config = replace(stage.params.pairs, source="sft_sample_rank")
-    rows, figures = choose_pairs(prompt_groups(stage, "pairs"), config, stage.params.seed, stage.warn)
+    rows, figures = choose_pairs(prompt_groups(stage, stage.config.candidates), config, stage.params.seed, stage.warn)
     stage.say(summary(figures))
     prefer_stage(stage, rows, figures)
 

@@ -15,7 +15,12 @@ from tasks.study_plan import Plot, seeds_of
 
 WIDTH, HEIGHT, MARGIN = 860, 540, (72, 24, 50, 62)  # pixels; margin: top, right, bottom, left
 LETTER, LINE = 6.6, 13.0  # size of a name, in pixels, to keep names apart
-GROUPS = {NO_LABELS: "demonstrations alone", "verifier": "with the verifier", "preferences": "with preference labels"}
+GROUPS = {
+    NO_LABELS: "demonstrations alone",
+    "verifier": "with the verifier",
+    "preferences": "with preference labels",
+    "qualities": "with quality labels",
+}
 NAMES = ("kl", "rso", "sft", "srppo")  # written in capitals
 COLORS = 6
 LOG_FROM = 8  # largest x over smallest from which the axis is logarithmic

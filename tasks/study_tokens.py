@@ -10,6 +10,8 @@ history has the lengths of its draws; elsewhere a response counts L, the mean le
     copg            epochs x groups x group x L
     pairs           prompts x candidates x L
     perstep         as preferences or fine-tuning; drawn: responses x L, and completions of prefixes x L / 2
+
+A stage of another kind that writes no history trains nothing, and costs nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,7 @@ FREE = (  # bases, and what trains nothing
     *(methods.TiltConfig, methods.VectorsConfig, methods.RescoreConfig),
 )
 FINE_TUNING = (sections.FineTuningConfig, methods.ContinuedSFTConfig)
+BY_EPOCH = (*FINE_TUNING, sections.PreferenceConfig, methods.RewardModelConfig, methods.CoPGConfig)
 
 
 def stage_tokens(
@@ -34,7 +37,8 @@ def stage_tokens(
 ) -> float | None:
     """Tokens that one stage drew and trained on; `length` is L.
 
-    None when its metrics or history lack a figure that the table above needs; StudyError for a stage that is not in it.
+    None when its metrics or history lack a figure that the table above needs; StudyError for a stage with a history
+    that is not in it.
     """
     try:
         if isinstance(config, FREE):
@@ -43,6 +47,8 @@ def stage_tokens(
             return sum(float(row["length"] or 0) for row in history) * config.batch_size * (1 + config.epochs)
         if isinstance(config, sections.PairsConfig):
             return config.prompts * config.candidates * length
+        if not history and not isinstance(config, BY_EPOCH):
+            return 0.0
         return (float(history[-1]["epoch"]) * _responses(name, config, metrics) + _drawn(config, metrics)) * length
     except (KeyError, IndexError):
         return None

@@ -15,7 +15,8 @@ Row = dict[str, float | None]
 def main(stage: Stage) -> None:
     """Write data/models/vectors, its three controls, the sweep and metrics. Uses the verifier: not demonstrations-only.
 
-    vectors_minus takes the vector away, vectors_random adds noise of its norms, vectors_foreign the vector of other donors.
+    vectors_minus takes the vector away, vectors_random adds noise of its norms, vectors_foreign the vector of other donors,
+    at its norms.
     """
     from apprentice.vectors import random_vector
     from tasks.checkpoints import compute_of, policy_of, save_model, tokenizer_of
@@ -83,8 +84,8 @@ def _check(stage: Stage) -> None:
 
 
 def _vectors(stage: Stage, models: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """The vector, the foreign one, and facts of both."""
-    from apprentice.vectors import cosine, difference, facts
+    """The vector, the foreign one at the norms of the vector, and facts of both as they came."""
+    from apprentice.vectors import cosine, difference, facts, with_norms_of
 
     config = stage.config
     try:
@@ -96,7 +97,7 @@ def _vectors(stage: Stage, models: dict[str, Any]) -> tuple[Any, Any, dict[str, 
         raise StageError(f"vectors: {error}") from error
     found["foreign_norm"] = facts(foreign, models[FOREIGN_BASE], donors(stage, FOREIGN, FOREIGN_BASE)).norm
     stage.say(f"{config.plus} - {config.minus}: norm {found['norm']:.4g}, lineage {found['lineage']}")
-    return vector, foreign, found
+    return vector, with_norms_of(vector, foreign), found
 
 
 def _sum(target: Any, vector: Any, coefficient: float) -> Any:

@@ -123,7 +123,7 @@ def test_the_share_lost_to_rounding_by_hand(folders: Make, tmp_path: Path) -> No
     assert write(paths, tmp_path / "nothing", 0.0) is None
 
 
-def test_v3_a_tied_tensor_stored_twice_takes_the_vector_once(folders: Make, tmp_path: Path) -> None:
+def test_V3_a_tied_tensor_stored_twice_takes_the_vector_once(folders: Make, tmp_path: Path) -> None:
     paths = folders()
     write(paths, tmp_path / "once", random_seed=1)
     for role in ("plus", "target"):
@@ -138,7 +138,7 @@ def test_v3_a_tied_tensor_stored_twice_takes_the_vector_once(folders: Make, tmp_
         write(paths, tmp_path / "untied")
 
 
-def test_v3_whole_numbers_stay_as_the_target_has_them(folders: Make, tmp_path: Path) -> None:
+def test_V3_whole_numbers_stay_as_the_target_has_them(folders: Make, tmp_path: Path) -> None:
     paths = folders()
     for value, role in enumerate(ROLES):
         file = paths[role] / "model.safetensors"
@@ -147,7 +147,7 @@ def test_v3_whole_numbers_stay_as_the_target_has_them(folders: Make, tmp_path: P
     assert load_file(tmp_path / "out" / "model.safetensors")["model.steps"].tolist() == [2]
 
 
-def test_v4_other_tensors_heads_or_words_are_refused(folders: Make, tmp_path: Path) -> None:
+def test_V4_other_tensors_heads_or_words_are_refused(folders: Make, tmp_path: Path) -> None:
     paths = folders()
     for name, model, words, told in (
         ("deeper", tiny_llama(4, num_hidden_layers=3), "one two", r"9 tensors differ: model\.layers\.2\."),

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from apprentice.tokens import train_word_tokenizer
-from apprentice.vectors import Vector, add, check_configs, check_tokenizers, cosine, difference, facts, random_vector
+from apprentice.vectors import (
+    Vector,
+    add,
+    check_configs,
+    check_tokenizers,
+    cosine,
+    difference,
+    facts,
+    random_vector,
+    with_norms_of,
+)
 from tests.apprentice.toys import hash_of, tiny_llama
 
 
@@ -32,7 +42,7 @@ def vector_of(*values: Sequence[float], names: str = "abc") -> Vector:
     return Vector({name: torch.tensor(value) for name, value in zip(names, values, strict=False)}, (), {})
 
 
-def test_v1_minus_plus_the_vector_is_plus() -> None:
+def test_V1_minus_plus_the_vector_is_plus() -> None:
     plus, minus = tiny_llama(1), tiny_llama(2)
     exact = add(copy.deepcopy(minus), difference(plus, minus, dtype=torch.float64), 1.0)
     assert same(exact, plus)  # the difference of two float32 numbers of like size is exact in float64
@@ -46,14 +56,14 @@ def test_v1_minus_plus_the_vector_is_plus() -> None:
     assert torch.allclose(near(ids).logits, plus(ids).logits, atol=1e-4)
 
 
-def test_v2_nothing_added_changes_nothing() -> None:
+def test_V2_nothing_added_changes_nothing() -> None:
     target = tiny_llama(3)
     before = hash_of(target)
     assert add(target, difference(tiny_llama(1), tiny_llama(2)), 0.0) is target
     assert hash_of(target) == before
 
 
-def test_v2_adding_and_taking_away_is_the_identity() -> None:
+def test_V2_adding_and_taking_away_is_the_identity() -> None:
     target, vector = double(3), difference(double(1), double(2), dtype=torch.float64)
     before = parameters(target)
     add(target, vector, 0.7)
@@ -62,7 +72,7 @@ def test_v2_adding_and_taking_away_is_the_identity() -> None:
     assert all(torch.allclose(before[name], tensor, rtol=0, atol=1e-14) for name, tensor in parameters(target).items())
 
 
-def test_v2_vectors_commute_and_add_up() -> None:
+def test_V2_vectors_commute_and_add_up() -> None:
     a = difference(double(1), double(2), dtype=torch.float64)
     b = difference(double(4), double(5), dtype=torch.float64)
     one, other, halves = double(3), double(3), double(3)
@@ -75,7 +85,7 @@ def test_v2_vectors_commute_and_add_up() -> None:
     assert not same(one, double(3))
 
 
-def test_v3_tied_embeddings_take_the_vector_once() -> None:
+def test_V3_tied_embeddings_take_the_vector_once() -> None:
     plus, minus, target = (tiny_llama(seed, tie_word_embeddings=True) for seed in (1, 2, 3))
     wanted = parameters(target)["model.embed_tokens.weight"] + 2 * (
         parameters(plus)["model.embed_tokens.weight"] - parameters(minus)["model.embed_tokens.weight"]
@@ -87,7 +97,7 @@ def test_v3_tied_embeddings_take_the_vector_once() -> None:
     assert torch.allclose(target.lm_head.weight, wanted, atol=1e-6)
 
 
-def test_v3_memory_shared_under_two_parameters_takes_the_vector_once() -> None:
+def test_V3_memory_shared_under_two_parameters_takes_the_vector_once() -> None:
     plus, minus, target = (tiny_llama(seed, tie_word_embeddings=False) for seed in (1, 2, 3))
     for model in (plus, minus, target):
         model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
@@ -100,7 +110,7 @@ def test_v3_memory_shared_under_two_parameters_takes_the_vector_once() -> None:
     assert torch.equal(target.lm_head.weight, target.model.embed_tokens.weight)
 
 
-def test_v3_buffers_stay_as_the_target_has_them() -> None:
+def test_V3_buffers_stay_as_the_target_has_them() -> None:
     target, donors = tiny_llama(3), [tiny_llama(1), tiny_llama(2)]
     for value, model in enumerate([target, *donors]):
         model.register_buffer("steps", torch.tensor([7 + value]))
@@ -109,7 +119,7 @@ def test_v3_buffers_stay_as_the_target_has_them() -> None:
     assert target.steps.tolist() == [7] and target.scale.tolist() == [0.5]
 
 
-def test_v4_tensors_that_differ_are_named() -> None:
+def test_V4_tensors_that_differ_are_named() -> None:
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is \[4, 16\] in plus, \[5, 16\] in minus"):
         difference(tiny_llama(1), tiny_llama(2, vocab=5))
     with pytest.raises(ValueError, match=r"lm_head\.weight is absent in plus, \[4, 16\] in minus"):
@@ -119,7 +129,7 @@ def test_v4_tensors_that_differ_are_named() -> None:
         add(tiny_llama(3, num_hidden_layers=3), difference(tiny_llama(1), tiny_llama(2)), 1.0)
 
 
-def test_v4_a_foreign_architecture_is_refused_by_the_names_that_differ() -> None:
+def test_V4_a_foreign_architecture_is_refused_by_the_names_that_differ() -> None:
     shape = {"vocab_size": 4, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     qwen = Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2, tie_word_embeddings=True))
     with pytest.raises(
@@ -131,7 +141,7 @@ def test_v4_a_foreign_architecture_is_refused_by_the_names_that_differ() -> None
         difference(gpt, tiny_llama(1))
 
 
-def test_v4_equal_shapes_with_other_heads_are_refused() -> None:
+def test_V4_equal_shapes_with_other_heads_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_attention_heads is 2 in plus, 4 in minus"):
         difference(tiny_llama(1), tiny_llama(2, num_attention_heads=4, num_key_value_heads=4, head_dim=4))
     assert check_configs({"a": {"rope_theta": 1e4, "dtype": "float32"}, "b": {"rope_theta": 1e6, "dtype": "bfloat16"}}) == [
@@ -139,7 +149,7 @@ def test_v4_equal_shapes_with_other_heads_are_refused() -> None:
     ]
 
 
-def test_v4_whole_numbers_and_quantised_weights_are_refused() -> None:
+def test_V4_whole_numbers_and_quantised_weights_are_refused() -> None:
     packed = tiny_llama(2)
     packed.model.norm.weight = nn.Parameter(torch.ones(16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"model\.norm\.weight is \[16\] in plus, \[16\] of whole numbers in minus"):
@@ -158,7 +168,7 @@ def bpe(merges: list[tuple[str, str]], lowercase: bool = False, **changes: Any) 
     return PreTrainedTokenizerFast(tokenizer_object=model, **{"unk_token": "<unk>", "eos_token": "<eos>", **changes})
 
 
-def test_v4_tokenizers_that_encode_otherwise_are_refused() -> None:
+def test_V4_tokenizers_that_encode_otherwise_are_refused() -> None:
     ours = bpe([("a", "b"), ("b", "c")])
     assert check_tokenizers({"plus": ours, "minus": bpe([("a", "b"), ("b", "c")])}) == []
     with pytest.raises(ValueError, match="of plus and target differ in their merges"):
@@ -183,7 +193,7 @@ def test_templates_and_roles_may_differ_and_are_told() -> None:
     assert note.startswith("special tokens: ") and "'<eos>'" in note and "'c'" in note
 
 
-def test_v5_the_control_has_the_norms_of_the_vector() -> None:
+def test_V5_the_control_has_the_norms_of_the_vector() -> None:
     plus, minus = tiny_llama(1), tiny_llama(2)
     minus.model.norm.weight.data.copy_(plus.model.norm.weight)
     vector = difference(plus, minus)
@@ -200,6 +210,21 @@ def test_v5_the_control_has_the_norms_of_the_vector() -> None:
     assert abs(cosine(noise, random_vector(vector, 6))) < 4 / count**0.5
     one, other = random_vector(vector_of([1.0, 2.0], [1.0, 2.0]), 5).tensors.values()
     assert not torch.equal(one, other)  # each tensor has noise of its own
+
+
+def test_another_vector_at_the_norms_of_the_first_by_hand() -> None:
+    # norms 5, 13, 1 and 0; the control's 2, 1, 0 and 2
+    vector = vector_of([3.0, 4.0], [5.0, -12.0], [1.0, 0.0], [0.0, 0.0], names="abcd")
+    control = Vector(vector_of([0.0, -2.0], [0.6, 0.8], [0.0, 0.0], [2.0, 0.0], names="abcd").tensors, ("*norm*",), {"x": 1})
+    found = with_norms_of(vector, control)
+    wanted = {"a": [0.0, -5.0], "b": [7.8, 10.4], "c": [0.0, 0.0], "d": [0.0, 0.0]}
+    assert {name: tensor.tolist() for name, tensor in found.tensors.items()} == {
+        name: pytest.approx(values, rel=1e-6) for name, values in wanted.items()
+    }
+    assert (found.exclude, found.config) == (control.exclude, control.config)
+    assert control.tensors["a"].tolist() == [0.0, -2.0]  # left as it was
+    with pytest.raises(ValueError, match=r"a is .* in the vector, .* in the control"):
+        with_norms_of(vector, vector_of([1.0], names="a"))
 
 
 def test_the_control_is_gaussian() -> None:

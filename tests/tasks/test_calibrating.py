@@ -16,7 +16,8 @@ from apprentice.policy import decode_responses
 from apprentice.reward_model import new_reward_model
 from apprentice.sampling import Request, sample
 from apprentice.tokens import encode_prompt, encode_response
-from tasks.calibrating import judged_pairs, logits_of, summary
+from tasks import calibrating
+from tasks.calibrating import Anchored, Drawn, anchor_summary, anchored, judged_pairs, logits_of, samples_of, summary
 from tasks.checkpoints import prompt_keys
 from tasks.stage import Stage, StageError
 from tests.apprentice.toys import tiny_llama
@@ -53,7 +54,7 @@ def test_a_pair_is_the_first_right_and_the_first_wrong_sample_that_ended(stage: 
         if row.answer in ("x", "y") and row.prompt != "p":
             wrong = {"x": "y", "y": "x"}[row.answer]
             wanted.append((row.id, PreferencePair(row.prompt, row.answer, wrong, row.meta["domain"])))
-    assert judged_pairs(stage, CPU) == wanted
+    assert judged_pairs(samples_of(stage, CPU)) == wanted
     assert [pair.prompt for _, pair in wanted] == ["q", "p q", "y q"]
 
 
@@ -61,10 +62,10 @@ def test_without_any_pair_the_stage_stops_with_advice(stage: Stage) -> None:
     path = stage.data / "clean" / "evaluation.jsonl"
     write_demonstrations(path, [ROWS[0], ROWS[2], ROWS[5]])
     with pytest.raises(StageError, match=r"no held-out prompt has a right and a wrong sample; raise calibration.samples"):
-        judged_pairs(stage, CPU)
+        judged_pairs(samples_of(stage, CPU))
     write_demonstrations(path, [ROWS[5]])
     with pytest.raises(StageError, match=r"no held-out prompt has an answer to check by; set ingest.verifier"):
-        judged_pairs(stage, CPU)
+        judged_pairs(samples_of(stage, CPU))
 
 
 def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> None:
@@ -104,6 +105,39 @@ def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> No
         assert row["judge"] == pytest.approx((one - other) / 2, abs=1e-4)
         assert row["bt_reward"] == pytest.approx(rewarded(pair.prompt, first) - rewarded(pair.prompt, second), abs=1e-4)
     assert logits_of(stage, pairs, CPU) == rows
+
+
+def test_every_other_sample_stands_beside_the_first_of_its_prompt() -> None:
+    mixed, wrong, single = (row for row in ROWS[:3])
+    drawn = [
+        Drawn(mixed, ["b", "a", "b", "c", "a"], [False, True, False, False, True]),
+        Drawn(wrong, ["c", "b"], [False, False]),  # no pair of right and wrong, and yet an anchor
+        Drawn(single, ["a"], [True]),
+        Drawn(single, [], []),
+        Drawn(mixed, ["a", "b", "d"], [True, False, True]),
+    ]
+    assert [(pair.prompt, pair.chosen, pair.rejected, pair.source, outcome) for pair, outcome in anchored(drawn)] == [
+        (mixed.prompt, "a", "b", "long", 1.0),
+        (mixed.prompt, "c", "b", "long", 0.5),
+        (mixed.prompt, "a", "b", "long", 1.0),
+        (wrong.prompt, "b", "c", "in_domain", 0.5),
+        (mixed.prompt, "b", "a", "long", 0.0),
+        (mixed.prompt, "d", "a", "long", 0.5),
+    ]
+
+
+def test_the_calibration_against_anchors_by_hand(stage_of: StageOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, ln3 = PreferencePair("q", "x", "y", "long"), math.log(3)  # a probability of 3/4
+    found = [Anchored(pair, outcome) for outcome in (1.0, 0.5, 0.0, 0.5)]
+    # the judge's orders, averaged: 3/4, 3/4, 1/4, 1/4; the other is sure that each response wins
+    logits = (torch.tensor([ln3, 2 * ln3, -ln3, 0.0]), torch.tensor([-ln3, 0.0, ln3, 2 * ln3]), torch.full((4,), 30.0))
+    monkeypatch.setattr(calibrating, "win_logits", lambda stage, pairs, compute: logits)
+    # two bins: mean probability and outcome 3/4 and 3/4, 1/4 and 1/4; all in the upper one, 1 and 1/2
+    assert anchor_summary(stage_of("calibration", **{"calibration.bins": 2}), found, CPU) == {
+        "anchored": 4.0,
+        "judge_anchor_calibration_error": pytest.approx(0.0, abs=1e-6),
+        "bt_reward_anchor_calibration_error": pytest.approx(0.5, abs=1e-6),
+    }
 
 
 def row(first_is_right: float, judge: float, orders: tuple[float, float], bt: float) -> dict[str, float]:

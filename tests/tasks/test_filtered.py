@@ -1,20 +1,25 @@
 """Fine-tuning on a selection of the candidates: which rows each rule takes, and what it says when it takes none."""
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from apprentice.policy import load_policy, load_tokenizer
-from tasks import fine_tuning
+from apprentice.demonstrations import demonstration, prompt_id
+from apprentice.policy import decode_responses, load_policy, load_tokenizer
+from apprentice.sampling import Request, sample
+from apprentice.tokens import encode_prompt
+from tasks import fine_tuning, preferring, sft_sample_rank
 from tasks.answers import check_of
 from tasks.candidates import by_prompt, prompt_groups, scores
 from tasks.filtered import filtered_stage
 from tasks.stage import Stage, StageError
 from tests.apprentice.toys import hash_of
-from tests.tables import candidates, speaker, write_answers, write_candidates, write_model, write_table
+from tests.tables import candidates, speaker, words, write_answers, write_candidates, write_model, write_table
 
 StageOf = Callable[..., Stage]
 INF = float("inf")
@@ -33,10 +38,13 @@ def rows_of(stage_of: StageOf, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
     monkeypatch.setattr(fine_tuning, "fine_tune_stage", keep)
 
-    def run(name: str, *groups: list[dict[str, Any]], answers: dict[str, str] | None = None, **changes: Any) -> list[Any]:
+    def run(
+        name: str, *groups: list[dict[str, Any]], answers: dict[str, str] | None = None, rescored: Any = (), **changes: Any
+    ) -> list[Any]:
         taken.clear()
         stage = stage_of(name, **{f"{name}.{entry}": value for entry, value in changes.items()})
         write_candidates(stage.data, *groups)
+        write_candidates(stage.data, rescored, source="rescored")
         if answers is not None:
             write_answers(stage.data, answers)
         filtered_stage(stage, None if answers is None else check_of(stage))
@@ -85,6 +93,49 @@ def test_rft_takes_what_is_right_and_ended(rows_of: Any) -> None:
     )
     for name in ("rft", "rft_long"):
         assert rows_of(name, *groups, answers={"p": "x", "q": "y"}) == [("p", "x"), ("p", "x"), ("q", "y")]
+
+
+@pytest.mark.parametrize(("name", "changes"), [("raft", {}), ("rest", {"level": 0.9}), ("self_rft", {"level": 0.2})])
+def test_the_reward_is_that_of_the_candidates_named(rows_of: Any, name: str, changes: dict) -> None:
+    other = [{**row, "reward": -row["reward"]} for row in SECOND]
+    found = [rows_of(name, SECOND, rescored=other, candidates=source, **changes) for source in ("pairs", "rescored")]
+    assert found == [[("q", "g")], [("q", "f")]]
+
+
+def test_pairs_of_any_candidates_go_by_the_reward_named(stage_of: StageOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(preferring, "prefer_stage", lambda stage, rows, figures: made.append(rows))
+    for source in ("pairs", "rescored"):
+        stage = stage_of("sft_sample_rank", **{"sft_sample_rank.candidates": source})
+        write_candidates(stage.data, candidates("q", ("f", 1.0), ("g", 2.0)))
+        write_candidates(stage.data, candidates("q", ("f", 2.0), ("g", 1.0)), source="rescored")
+        sft_sample_rank.main(stage)
+    assert [[(row["chosen"], row["rejected"]) for row in rows] for rows in made] == [[("g", "f")], [("f", "g")]]
+
+
+def test_I7_with_a_sampler_that_is_always_right_rft_is_fine_tuning_on_its_samples(stage_of: StageOf) -> None:
+    # whatever the model says to a prompt is the answer there
+    prompts = [f"{' '.join(before)} q" for before in itertools.product("pxyq", repeat=2)]
+    requests = [Request(encode_prompt(words(), prompt), prompt_id(prompt)) for prompt in prompts]
+    drawn = sample(speaker(), requests, seed="0", end=words().eos_token_id, max_new_tokens=20)
+    said = dict(zip(prompts, decode_responses(words(), drawn.response_ids()), strict=True))
+    assert bool(drawn.ended.all()) and {"x", "y"} < set(said.values())
+    groups = [candidates(prompt, (text, -float(i))) for i, (prompt, text) in enumerate(said.items())]  # rewards play no part
+    hashes = []
+    for rows in (None, [demonstration(prompt, text, "rft") for prompt, text in said.items()]):
+        stage = stage_of("rft", **{"compute.device": "cpu", "rft.batch_size": 4, "rft.learning_rate": 0.01})
+        stage.__dict__["key"] = "0123"  # without a DVC project there is none to compute
+        shutil.rmtree(stage.data, ignore_errors=True)
+        write_model(stage.data, "sft", speaker())
+        write_table(stage.data, "validation", ("q", "x"))
+        write_candidates(stage.data, *groups)
+        write_answers(stage.data, said)
+        if rows is None:
+            filtered_stage(stage, check_of(stage))
+        else:
+            fine_tuning.fine_tune_stage(stage, rows, init="sft")
+        hashes.append(hash_of(load_policy(stage.data / "models" / "rft")))
+    assert hashes[0] == hashes[1] != hash_of(speaker())
 
 
 def test_the_start_is_an_entry(rows_of: Any) -> None:

@@ -26,6 +26,7 @@ STAGES = [
     stage("base", "tokenizer", "data/models/tokenizer", "data/models/base", file="dvc.yaml"),
     stage("rft", "ingest sft", "data/clean/answers.jsonl data/models/sft", "data/models/rft data/reports/rft/history.csv"),
     stage("direct", "ingest sft", "data/clean/preferences.jsonl data/models/sft", "data/models/direct"),
+    stage("crlft", "ingest sft", "data/clean/demonstrations.jsonl data/clean/suboptimal.jsonl", "data/models/crlft"),
     stage("heir", "rft", "data/reports/rft", "data/models/heir data/models/heir_minus"),
     stage("both", "direct heir", "data/models/direct data/models/heir", "data/models/both"),
     stage("gated", "validate", "data/reports/validate/metrics.json", "data/models/gated"),
@@ -38,10 +39,10 @@ STAGES = [
 
 def test_labels_are_found_directly_through_models_and_through_folders() -> None:
     found = labels_of(STAGES)
-    assert found["rft"] == "verifier" and found["direct"] == "preferences"
+    assert found["rft"] == "verifier" and found["direct"] == "preferences" and found["crlft"] == "qualities"
     assert found["heir"] == "verifier", "of a folder that holds what `rft` wrote"
     assert found["both"] == "preferences and verifier"
-    assert found["folder"] == "preferences and verifier", "a folder that holds both tables"
+    assert found["folder"] == "preferences and qualities and verifier", "a folder that holds all three tables"
 
 
 def test_demonstrations_alone_the_verdict_on_all_tables_and_a_vocabulary_are_no_labels() -> None:

@@ -122,6 +122,11 @@ def test_tokens_of_an_unknown_kind_are_refused(params: Callable[..., Params]) ->
         stage_tokens("evaluate", params().evaluate, {}, EPOCHS, 1.0)
 
 
+def test_what_is_of_an_unknown_kind_and_trains_nothing_costs_nothing(params: Callable[..., Params]) -> None:
+    assert stage_tokens("evaluate", params().evaluate, {}, [], 1.0) == 0.0
+    assert stage_tokens("sft", params().sft, {"rows": 5}, [], 1.0) is None  # of a known kind, its history is lacking
+
+
 def test_figures_are_read_back_as_written(tmp_path: Path) -> None:
     figures = {
         "main": {"1": {"sft": {"a": 0.5, "b": 1.0}, "rso": {}}, "2": {"sft": {"a": 0.25}}},

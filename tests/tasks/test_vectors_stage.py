@@ -86,7 +86,9 @@ def test_the_sweep_the_choice_and_the_models(stage: Stage) -> None:
     models = stage.data / "models"
     assert torch.allclose(logits(models / "vectors"), base + 0.75 * step, atol=1e-4)
     assert torch.allclose(logits(models / "vectors_minus"), base - 0.75 * step, atol=1e-4)
-    assert torch.allclose(logits(models / "vectors_foreign"), base + 0.75 * foreign, atol=1e-4)
+    assert torch.allclose(
+        logits(models / "vectors_foreign"), base + 0.75 * metrics["norm"] * foreign, atol=1e-4
+    )  # its own norm is 1
     target, noisy = (load_policy(models / name).lm_head.weight.detach() for name in ("target", "vectors_random"))
     assert float((noisy - target).norm()) == pytest.approx(0.75 * metrics["norm"], rel=1e-4)
     card = (models / "vectors_foreign" / "README.md").read_text()

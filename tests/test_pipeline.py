@@ -179,8 +179,9 @@ def test_params_that_a_stage_names_exist(name: str) -> None:
 
 @EVERY
 def test_a_stage_with_torch_in_its_core_says_so(name: str) -> None:
+    """Another one that loads models may say so too."""
     uses = {f"apprentice/{module}.py" for module in ("pretrain", "epochs", "ppo", "sampling", "evaluation")}
-    assert bool(stages()[name].get("meta", {}).get("torch")) == bool(uses & set(closure(f"tasks/{name}.py")))
+    assert stages()[name].get("meta", {}).get("torch") or not uses & set(closure(f"tasks/{name}.py"))
 
 
 def test_aliases_in_the_registry_are_unique_and_name_models() -> None:

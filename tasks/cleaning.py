@@ -1,6 +1,6 @@
 """From raw rows to the canonical schema: what is kept, and what is rejected why."""
 
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ from apprentice.verifiers import ANSWERS, plain_number
 from tasks.sources import Raw, Row
 
 ROLES = ("system", "user", "assistant")
+NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")  # Unicode's Cc but \t and \n, Cs, replacement
 SUBOPTIMAL = tuple(quality for quality in QUALITIES if quality != "expert")
 Tables = dict[str, list[Demonstration]]
 
@@ -33,9 +34,9 @@ class Reject(ValueError):
 
 @dataclass
 class Cleaned:
-    """Rows kept, each with the raw row it came from, and rows rejected as {"line", "reason", "row"}."""
+    """Rows kept, each with the line it came from, and rows rejected as {"line", "reason"}: no raw row is held."""
 
-    kept: list[tuple[Raw, Demonstration]] = field(default_factory=list)
+    kept: list[tuple[int, Demonstration]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -43,9 +44,9 @@ class Cleaned:
         """The rows kept, in their order."""
         return [row for _, row in self.kept]
 
-    def reject(self, raw: Raw, reason: str) -> None:
+    def reject(self, line: int, reason: str) -> None:
         """Put a row aside."""
-        self.rejected.append({"line": raw.line, "reason": reason, "row": raw.row})
+        self.rejected.append({"line": line, "reason": reason})
 
     def reasons(self) -> dict[str, int]:
         """How many rows were rejected for which reason, details left out."""
@@ -55,43 +56,43 @@ class Cleaned:
 def clean(raws: Iterable[Raw], read: Callable[[Row], Row], config: IngestConfig, origin: str) -> Cleaned:
     """Normalise each row, reject what cannot be used, and make one row of those with the same prompt and response."""
     cleaned = Cleaned()
-    same: dict[str, list[tuple[Raw, Demonstration]]] = {}
+    same: dict[str, list[tuple[int, Demonstration]]] = {}
     for raw in raws:
         try:
             row = _canonical(raw, read, config.max_characters, origin)
-            same.setdefault(row.id, []).append((raw, row))
+            same.setdefault(row.id, []).append((raw.line, row))
         except Reject as error:
-            cleaned.reject(raw, str(error))
+            cleaned.reject(raw.line, str(error))
     prompts: set[str] = set()
     for copies in same.values():
-        raw, others = copies[0][0], [other for other, _ in copies[1:]]
+        line, others = copies[0][0], [other for other, _ in copies[1:]]
         try:
             row = _merged(copies)
         except Reject as error:
-            for one in (raw, *others):
+            for one in (line, *others):
                 cleaned.reject(one, str(error))
             continue
         for other in others:
             cleaned.reject(other, "exact duplicate")
         prompt = prompt_id(row.prompt)
         if config.same_prompt == "first" and row.response is not None and prompt in prompts:
-            cleaned.reject(raw, "prompt seen before with another response")
+            cleaned.reject(line, "prompt seen before with another response")
             continue
         if row.response is not None:
             prompts.add(prompt)
-        cleaned.kept.append((raw, row))
+        cleaned.kept.append((line, row))
     cleaned.rejected.sort(key=lambda rejected: rejected["line"])
     return cleaned
 
 
-def _merged(copies: list[tuple[Raw, Demonstration]]) -> Demonstration:
+def _merged(copies: list[tuple[int, Demonstration]]) -> Demonstration:
     """The first of rows with the same prompt and response, with the quality and answer that any of them has.
 
     Rejected where two of them have different ones: which one holds must not depend on their order.
     """
     labels: dict[str, str | None] = {}
     for name in ("quality", "answer"):
-        lines = {getattr(row, name): raw.line for raw, row in reversed(copies) if getattr(row, name) is not None}
+        lines = {getattr(row, name): line for line, row in reversed(copies) if getattr(row, name) is not None}
         if len(lines) > 1:
             one, other, *_ = sorted(lines.values())
             raise Reject(f"conflicting duplicates: the same prompt and response in lines {one} and {other}, and another {name}")
@@ -105,12 +106,12 @@ def add_answers(cleaned: Cleaned, verifier: str) -> Cleaned:
     A sub-optimal response may be wrong: such a row has no answer but the one that came with it.
     """
     answered = Cleaned(rejected=cleaned.rejected.copy())
-    for raw, row in cleaned.kept:
+    for line, row in cleaned.kept:
         answer = _answer(row, verifier)
         if answer is None and row.response is not None and (row.answer is not None or not _is_suboptimal(row)):
-            answered.reject(raw, f"no answer: the verifier {verifier} finds none")
+            answered.reject(line, f"no answer: the verifier {verifier} finds none")
         else:
-            answered.kept.append((raw, replace(row, answer=answer)))
+            answered.kept.append((line, replace(row, answer=answer)))
     answered.rejected.sort(key=lambda rejected: rejected["line"])
     return answered
 
@@ -177,9 +178,8 @@ def _text(name: str, value: Any) -> str:
     text = value.replace("\r\n", "\n").replace("\r", "\n").strip()
     if not text:
         raise Reject(f"empty {name}")
-    for position, character in enumerate(text):
-        if character == "\ufffd" or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"):
-            raise Reject(f"control characters: U+{ord(character):04X} in {name} at {position}")
+    if found := NO_TEXT.search(text):
+        raise Reject(f"control characters: U+{ord(found[0]):04X} in {name} at {found.start()}")
     if not any(map(str.isalnum, text)):
         raise Reject(f"no words: {name} has neither letter nor digit")
     return text

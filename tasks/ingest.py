@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from apprentice.demonstrations import Prompt, Split, atomic_write, split_of, write_demonstrations, write_jsonl
 from apprentice.world import WorldError, make_preferences, make_tables
 from tasks.cleaning import Tables, add_answers, answer_rows, choose_verifier, clean, split_tables
-from tasks.sources import SHOWN, read_source, recognise
+from tasks.sources import SHOWN, Raw, read_source, recognise
 from tasks.stage import Stage, StageError, run
 
 DEPTH = 20  # of nesting in a rejected row, as it is shown
@@ -23,7 +25,7 @@ def main(stage: Stage) -> None:
     preferences: Rows = []
     if stage.config.source.kind == "world":
         tables, preferences, figures = _world_tables(stage)
-        _write_rejected(clean_folder / "rejected.jsonl", [])
+        _write_rejected(clean_folder / "rejected.jsonl", [], [])
     else:
         tables, figures = _source_tables(stage, clean_folder / "rejected.jsonl")
     answers, disputed = answer_rows(tables["known"], figures["verifier"])
@@ -66,18 +68,17 @@ def _source_tables(stage: Stage, rejected: Path) -> tuple[Tables, dict[str, Any]
     origin = config.source.name if config.source.kind == "hub" else config.source.path
     if config.source.kind != "hub":
         stage.expect_inside(stage.data.parent / config.source.path, "ingest.source.path")
-    raws = list(read_source(config.source, stage.data.parent))
-    if not raws:
+    if next(read_source(config.source, stage.data.parent), None) is None:
         raise StageError(f"{origin}: no rows in it")
-    shape = recognise(raws, config.fields)
+    shape = recognise(_rows(stage, "read"), config.fields)
     stage.say(f"{config.source.kind} {origin}: shape {shape.name} (columns {', '.join(shape.columns)})")
-    cleaned = clean(raws, shape.read, config, origin)
+    cleaned = clean(_rows(stage, "cleaned"), shape.read, config, origin)
     verifier = choose_verifier(cleaned.rows, config.verifier)
     if verifier:
         cleaned = add_answers(cleaned, verifier)
-    _write_rejected(rejected, cleaned.rejected)
+    _write_rejected(rejected, cleaned.rejected, _rows(stage, "looked through for rejected ones"))
     figures = {
-        "rows_read": len(raws),
+        "rows_read": len(cleaned.kept) + len(cleaned.rejected),
         "rows_kept": len(cleaned.rows),
         "rows_rejected": len(cleaned.rejected),
         "rejected": cleaned.reasons(),
@@ -87,11 +88,24 @@ def _source_tables(stage: Stage, rejected: Path) -> tuple[Tables, dict[str, Any]
     return tables, {**figures, "unused": len(tables["unused"]), "shape": shape.name, "verifier": verifier or "none"}
 
 
-def _write_rejected(path: Path, rejected: list[dict[str, Any]]) -> None:
+def _rows(stage: Stage, done: str) -> Iterator[Raw]:
+    """The rows of the source, read once more: it is never held whole. Says how many are `done`."""
+    said = time.monotonic()
+    for number, raw in enumerate(read_source(stage.config.source, stage.data.parent), 1):
+        yield raw
+        if number % 10_000 == 0 and time.monotonic() - said >= stage.params.runtime.progress_seconds:
+            said = time.monotonic()
+            stage.say(f"{number:,} rows {done}")
+
+
+def _write_rejected(path: Path, rejected: Rows, raws: Iterable[Raw]) -> None:
     """Escaped to ASCII, since the text of a rejected row may hold what UTF-8 cannot."""
+    reasons = {row["line"]: row["reason"] for row in rejected}
     with atomic_write(path) as file:
-        for row in rejected:
-            file.write(json.dumps(_shown(row), ensure_ascii=True, allow_nan=False) + "\n")
+        for raw in raws if reasons else ():
+            if reason := reasons.get(raw.line):
+                row = {"line": raw.line, "reason": reason, "row": raw.row}
+                file.write(json.dumps(_shown(row), ensure_ascii=True, allow_nan=False) + "\n")
 
 
 def _shown(value: Any, depth: int = 0) -> Any:

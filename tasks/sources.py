@@ -4,7 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -12,7 +12,9 @@ from apprentice.sections import SourceConfig
 from tasks.stage import StageError
 
 Row = dict[str, Any]
-MAX_LINE = 2**22  # bytes of a JSONL line, characters of a CSV line or cell: what is longer is never held in memory
+MAX_LINE = (
+    2**22
+)  # bytes of a JSONL line or Parquet row, characters of a CSV line or cell: what is longer is never held in memory
 SHOWN = 1000  # characters of a text that cannot be used
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -170,17 +172,24 @@ def _expect_once(path: Path, columns: Sequence[str]) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[Raw]:
-    from pyarrow.parquet import ParquetFile
+    from tasks.parquet import BATCH, DECODED, columns_of, rows_of
 
     number = 0
     try:
-        with ParquetFile(path) as file:
-            _expect_once(path, file.schema_arrow.names)
-            batches = file.iter_batches(batch_size=1000)
-            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+        names = columns_of(path)
+        _expect_once(path, names)
+        for number, row in enumerate(rows_of(path, MAX_LINE), 1):
+            if isinstance(row, int):
+                yield Raw(number, f"columns {_listed(names)}", f"row of {row} bytes, expected at most {MAX_LINE}")
+            else:
                 yield Raw(number, row)
     except StageError:
         raise
+    except MemoryError as error:
+        raise StageError(
+            f"{path.name}: after row {number} it takes more than {DECODED:,} bytes to decode {BATCH} rows; write it again "
+            "without the cells that are so large"
+        ) from error
     except Exception as error:  # pyarrow raises all sorts on broken bytes
         where = f"after row {number}" if number else "from its start"
         raise StageError(
@@ -236,21 +245,27 @@ SHAPES = (
 )
 
 
-def recognise(rows: Sequence[Raw], fields: dict[str, str]) -> Shape:
-    """The shape of most rows, with `ingest.fields` laid over it.
+def recognise(rows: Iterable[Raw], fields: dict[str, str]) -> Shape:
+    """The shape of most rows, with `ingest.fields` laid over it; of the rows only their columns are kept.
 
-    Raises StageError, naming the columns found, when no shape fits or a mapped column does not exist.
+    Raises StageError, naming the columns found, when no row can be read, no shape fits or a mapped column does not exist.
     """
-    columns = [set(raw.row) for raw in rows if isinstance(raw.row, dict)]
+    columns, first, read = Counter[frozenset[str]](), None, 0
+    for raw in rows:
+        first, read = first or raw, read + 1
+        if isinstance(raw.row, dict):
+            columns[frozenset(raw.row)] += 1
+    if first is None:
+        raise StageError("no rows in it")
     if not columns:
-        raise StageError(f"none of the {len(rows)} rows can be read; the first, line {rows[0].line}: {rows[0].error}")
+        raise StageError(f"none of the {read} rows can be read; the first, line {first.line}: {first.error}")
     found = _listed(set().union(*columns)) or "none"
     for field, column in fields.items():
         if not any(column in names for names in columns):
             raise StageError(f"ingest.fields.{field}: no column {column!r} in the source; its columns: {found}")
     if {"prompt", "response"} <= set(fields):
         return Shape("ingest.fields", tuple(fields.values()), _by_columns(fields))
-    counts = {shape: sum(names.issuperset(shape.columns) for names in columns) for shape in SHAPES}
+    counts = {shape: sum(times * names.issuperset(shape.columns) for names, times in columns.items()) for shape in SHAPES}
     best = max(SHAPES, key=lambda shape: counts[shape])
     if not counts[best]:
         known = "; ".join(" + ".join(shape.columns) for shape in SHAPES)

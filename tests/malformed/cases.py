@@ -373,9 +373,24 @@ def file_cases() -> Iterator[Case]:
     numbers = [{"prompt": n, "response": n} for n in range(3)]
     yield whole("file: parquet of numbers", "parquet", table(numbers), rows=("wrong type: prompt is int",) * 3, good=0,
                 stops="no row with a response fell into")  # fmt: skip
+    yield whole("file: parquet that swells", "parquet", partial(swelling, 5 * 2**20, 20), rows=("unreadable: row of",) * 20,
+                first_line=len(GOOD) + 1)  # fmt: skip
+    yield whole("file: parquet that swells beyond memory", "parquet", partial(swelling, MANY, 40), good=0,
+                stops="after row 48 it takes more than 1,073,741,824 bytes to decode 16 rows")  # fmt: skip
     half = {"ingest.max_rejected_share": 0.4}
     yield whole("file: half of it bad", "jsonl", partial(among, [b"{"] * 60), rows=("unreadable",) * 60, changes=half, good=0,
                 stops=r"60 of 120 rows were rejected \(60 unreadable\)")  # fmt: skip
+
+
+def swelling(cell: int, rows: int) -> bytes:
+    """Parquet: the good rows, then such rows of one response, which stands in the file once."""
+    sink = io.BytesIO()
+    prompts = [row["prompt"] for row in GOOD] + [f"question {100 + n}" for n in range(rows)]
+    texts = pyarrow.array([row["response"] for row in GOOD] + ["x" * cell])
+    places = pyarrow.array([*range(len(GOOD)), *[len(GOOD)] * rows], pyarrow.int32())
+    columns = {"prompt": prompts, "response": pyarrow.DictionaryArray.from_arrays(places, texts)}
+    parquet.write_table(pyarrow.table(columns), sink, store_schema=False)
+    return sink.getvalue()
 
 
 def _twice() -> bytes:

@@ -79,9 +79,9 @@ def read(kind: str, folder: Path) -> None:
     if not raws:
         return
     found = clean(raws, recognise(raws, {}).read, config, "source")
-    ingest._write_rejected(folder / "rejected.jsonl", found.rejected)
+    ingest._write_rejected(folder / "rejected.jsonl", found.rejected, raws)
     rejected = strict_rows(folder / "rejected.jsonl")
-    lines = [raw.line for raw, _ in found.kept] + [row["line"] for row in rejected]
+    lines = [line for line, _ in found.kept] + [row["line"] for row in rejected]
     assert sorted(lines) == [raw.line for raw in raws] and len(set(lines)) == len(lines) and min(lines) > 0
     assert all(row["reason"] for row in rejected)
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections import Counter
@@ -19,7 +21,7 @@ from tasks import ingest
 from tasks.sources import MAX_LINE, read_source
 from tasks.stage import Stage, StageError
 from tests.conftest import ROOT, Project, changed
-from tests.malformed.cases import GOOD, HARMLESS, MANY, Case, cases
+from tests.malformed.cases import GOOD, HARMLESS, MANY, Case, cases, swelling
 
 CASES = cases()
 RAW = changed(yaml.safe_load((ROOT / "params.yaml").read_text()), {"ingest.max_rejected_share": 1.0})
@@ -155,6 +157,32 @@ def test_a_line_of_50_mb_is_never_held_in_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert len(raws) == 1 + len(GOOD)
     assert peak < 5 * MAX_LINE < MANY
+
+
+READING = """
+import resource, sys
+from pathlib import Path
+from tasks.parquet import rows_of
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    found = sum(isinstance(row, int) for row in rows_of(Path(sys.argv[1]), 2**22))
+except MemoryError:
+    found = -1
+print(found, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
+@pytest.mark.parametrize(("cell", "rows", "found"), [(5 * 2**20, 1000, 1000), (MANY, 200, -1)])
+def test_parquet_that_swells_to_gigabytes_is_read_in_bounded_memory(tmp_path: Path, cell: int, rows: int, found: int) -> None:
+    """5 and 10 GiB in files of a few MB; the peak of a process of its own, in MiB."""
+    path = tmp_path / "source.parquet"
+    path.write_bytes(swelling(cell, rows))
+    assert path.stat().st_size < 5 * 2**20
+    done = subprocess.run([sys.executable, "-c", READING, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    rejected, peak = map(int, done.stdout.split())
+    assert rejected == found and peak < 1200
 
 
 @pytest.mark.parametrize("name", HARMLESS)

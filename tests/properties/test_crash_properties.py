@@ -113,7 +113,8 @@ def test_a_crash_at_any_step_leaves_the_old_file_or_the_new_one_whole(old: list[
             write_jsonl(path, rows[1])
         assert read_jsonl(path) == rows[point >= 4]
         steps = [name for name in begun if name != "unlink"]  # that one is tried after the crash, in vain
-        assert steps == ["mkstemp", "fsync", "chmod", "replace"][: point + 1]  # it is on disk before it has the name
+        # it is on disk before it has the name, and then the name is
+        assert steps == ["mkstemp", "fsync", "chmod", "replace", "fsync"][: point + 1]
         write_jsonl(path, rows[0])
         assert read_jsonl(path) == rows[0]
 

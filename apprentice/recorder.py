@@ -55,6 +55,10 @@ class Recorder:
         if done == total and self.skipped and not self.taken:
             raise NumbersError(f"step {done} of {total}: every step was skipped, so nothing was learnt")
 
+    def bad_sign(self, message: str) -> None:
+        """Tell of a sign that the run goes wrong; stages may raise BadSignError instead, before anything is trained on it."""
+        self.warn(message)
+
     def warn(self, message: str) -> None:
         """Tell the user what is unhealthy."""
         print(f"WARNING: {message}", flush=True)

@@ -30,13 +30,15 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """What never changes a result: no stage depends on it. `skip_steps` decides whether a broken run has one, never which."""
+    """What never changes a result: no stage depends on it. `skip_steps` and `on_bad_sign` decide whether a run that goes wrong
+    has one, never which."""
 
     progress_seconds: NotNegative
     checkpoint_seconds: NotNegative
     checkpoint_steps: Count | None
     resume_folders: CountOrZero
     skip_steps: CountOrZero
+    on_bad_sign: Literal["warn", "stop"]
     retries: CountOrZero
     parallel_stages: Count | None
     outside_project: bool

@@ -9,8 +9,10 @@ def main(stage: Stage) -> None:
     from tasks.checkpoints import compute_of
     from tasks.kept import keeping
     from tasks.measuring import write_rows
+    from tasks.room import preflight
 
     compute = keeping(stage, compute_of(stage))
+    preflight(stage, compute, [], ["sft", "judge", "bt_reward"], samples=True)
     pairs = judged_pairs(stage, compute)
     stage.say(f"{len(pairs)} pairs of a right and a wrong sample of one prompt")
     rows = logits_of(stage, pairs, compute)

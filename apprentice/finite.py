@@ -12,6 +12,10 @@ class NumbersError(ArithmeticError):
     """A loss, reward or gradient is not finite; the message says where, and what the figures were."""
 
 
+class BadSignError(NumbersError):
+    """The figures are finite and tell that a run goes wrong, and it was to stop at that; the message has figures and cause."""
+
+
 def all_finite(figures: Mapping[str, Any]) -> bool:
     """Whether no figure is NaN or infinite, those of nested mappings included; None counts as not measured."""
     return all(

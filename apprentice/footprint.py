@@ -57,14 +57,20 @@ def shape_of(config: PretrainedConfig) -> Shape:
     return Shape(parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size, 2 * heads * head)
 
 
-def footprint(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Compute, samples: bool) -> Footprint:
-    """What training some models (or none) beside frozen ones takes; `samples`: whether one of them is sampled from."""
+def footprint(
+    trained: Sequence[Shape], frozen: Sequence[Shape], compute: Compute, samples: bool, written: int = 0
+) -> Footprint:
+    """What training some models (or none) beside frozen ones takes; `samples`: whether one of them is sampled from.
+
+    `written`: how many models of the largest frozen shape are written beside what was trained.
+    """
     own = sum(shape.parameters for shape in trained)
     certain = TRAINED * own + FROZEN * sum(shape.parameters for shape in frozen)
     passes = max(_pass(shape, compute, bool(trained)) for shape in [*trained, *frozen])
     numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
     cache = numbers * compute.dtype.itemsize if samples else 0
     outputs = 2 * FROZEN * max((shape.parameters + shape.trunk for shape in trained), default=0)
+    outputs += 2 * FROZEN * written * max((shape.parameters for shape in frozen), default=0)
     return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, outputs, 2 * SNAPSHOT * own)
 
 

@@ -111,7 +111,8 @@ class PPO:
         """Run to the last iteration or until the KL stop; returns how far it came, why it stopped and the last KL.
 
         What is not finite is skipped or stops the run, by the recorder's rule: a whole iteration for its rewards, values or KL,
-        one step of it, on policy and critic, for its losses and gradients. Each sign of `health` is told once.
+        one step of it, on policy and critic, for its losses and gradients. Each sign of `health` is told once, before the
+        updates of its iteration.
         """
         if saved := recorder.resume():
             self.restore(saved)
@@ -128,7 +129,7 @@ class PPO:
                     stopped = "kl_stop"
                     break
                 for sign in signs(figures, recorder.rows, self.config):
-                    recorder.warn(f"{self._where()}: {sign}")
+                    recorder.bad_sign(f"{self._where()}: {sign}")
                 row = {**figures, **self.update(experience, recorder)}
             self.iteration += 1
             recorder.step(self.iteration, self.config.iterations, row, self.state)

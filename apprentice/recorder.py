@@ -58,6 +58,10 @@ class Recorder:
     def over(self, state: Callable[[], State]) -> None:
         """Note that the training is over, after its last step or a stop before; `state` makes the last snapshot."""
 
+    def bad_sign(self, message: str) -> None:
+        """Tell of a sign that the run goes wrong; stages may raise BadSignError instead, before anything is trained on it."""
+        self.warn(message)
+
     def warn(self, message: str) -> None:
         """Tell the user what is unhealthy."""
         print(f"WARNING: {message}", flush=True)

@@ -30,7 +30,8 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """What never changes a result: no stage depends on it. `skip_steps` decides whether a broken run has one, never which."""
+    """What never changes a result: no stage depends on it. `skip_steps` and `on_bad_sign` decide whether a run that goes wrong
+    has one, never which."""
 
     progress_seconds: NotNegative
     checkpoint_seconds: NotNegative
@@ -38,6 +39,7 @@ class RuntimeConfig:
     stop_seconds: NotNegative
     resume_folders: CountOrZero
     skip_steps: CountOrZero
+    on_bad_sign: Literal["warn", "stop"]
     retries: CountOrZero
     parallel_stages: Count | None
     outside_project: bool

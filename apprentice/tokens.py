@@ -26,6 +26,7 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+SHOWN = 100  # characters of a text in an error
 _MARK = "\ue000"  # a private-use character that stands for a content while its template is rendered
 
 
@@ -57,7 +58,7 @@ def train_word_tokenizer(texts: Iterable[str], max_words: int, known: Sequence[s
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of prompts, up to where the response begins: by the chat template, else as plain text.
 
-    Raises ValueError for a prompt that cannot be encoded without forging a turn.
+    Raises ValueError for a prompt that cannot be encoded without forging a turn, or that the chat template refuses.
     """
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     if not chats:
@@ -65,7 +66,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     if tokenizer.chat_template is None:
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return [start + ids for ids in _encode_text(tokenizer, ["\n".join(m["content"] for m in chat) for chat in chats])]
-    rendered = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    rendered = _rendered(tokenizer, chats)
     encoded: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     reserved = reserved_tokens(tokenizer)
     frames: dict[tuple[str, ...], list[int] | None] = {}
@@ -77,6 +78,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
         if written or _forged(encoded[row], frames[roles], reserved):
             encoded[row] = _encode_around(tokenizer, chat)
     return encoded
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]]) -> list[str]:
+    try:
+        texts: list[str] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+    return texts
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -141,7 +150,8 @@ def _encode_in_parts(tokenizer: PreTrainedTokenizerBase, text: str, reserved: di
     encoded = tokenizer(parts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids = [token for part in encoded for token in part]
     if found := reserved.keys() & set(ids):
-        raise ValueError(f"{text!r} cannot be encoded without the reserved token {reserved[min(found)]!r}; leave the row out")
+        shown = repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+        raise ValueError(f"no encoding without the reserved token {reserved[min(found)]!r}; leave the row out: {shown}")
     return ids
 
 

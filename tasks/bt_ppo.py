@@ -23,7 +23,7 @@ def main(stage: Stage) -> None:
 
         return anchored_reward(stage, setting, logits)
 
-    ppo_stage(stage, reward, pool=anchored_pool(stage))
+    ppo_stage(stage, reward, pool=anchored_pool(stage), loaded=["bt_reward"])
 
 
 run(__name__, main, __doc__)

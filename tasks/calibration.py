@@ -9,8 +9,10 @@ def main(stage: Stage) -> None:
     from tasks.checkpoints import compute_of
     from tasks.kept import keeping
     from tasks.measuring import write_rows
+    from tasks.room import preflight
 
     compute = keeping(stage, compute_of(stage))
+    preflight(stage, compute, [], ["sft", "judge", "bt_reward"], samples=True)
     drawn = samples_of(stage, compute)
     pairs, beside = judged_pairs(drawn), anchored(drawn)
     stage.say(f"{len(pairs)} pairs of a right and a wrong sample of one prompt, {len(beside)} of a sample and an anchor")

@@ -1,7 +1,7 @@
 """The scored candidates of a prompt, as `pairs` and `rescore` write them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -28,7 +28,7 @@ def scores(group: Sequence[Candidate]) -> list[float]:
 
 
 def check_rewards(stage: Stage, groups: Sequence[Sequence[Candidate]]) -> None:
-    """Raise StageError for a reward that is NaN or infinite; warn where the candidates of no prompt differ in reward."""
+    """Raise StageError for a reward that is NaN or infinite; a bad sign is where the candidates of no prompt differ in it."""
     rows = [row for group in groups for row in group]
     if broken := [row for row in rows if not math.isfinite(row["reward"])]:
         raise StageError(
@@ -37,13 +37,13 @@ def check_rewards(stage: Stage, groups: Sequence[Sequence[Candidate]]) -> None:
         )
     rewards = [[row["reward"] for row in group] for group in groups]
     if all(max(found) - min(found) < TIE for found in rewards):
-        stage.warn(
+        stage.bad_sign(
             "the reward tells no two candidates of any prompt apart, so what follows learns from coin flips; look at the "
             "models or the verifier behind it"
         )
 
 
-def warn_where_cut_off(stage: Stage, ended: Sequence[bool], entry: str) -> None:
-    """Warn where most responses were cut off before their end token by the limit in params.yaml's `entry`."""
+def tell_where_cut_off(tell: Callable[[str], None], ended: Sequence[bool], entry: str) -> None:
+    """Tell it where most responses were cut off before their end token by the limit in params.yaml's `entry`."""
     if 2 * sum(ended) < len(ended):
-        stage.warn(f"{len(ended) - sum(ended)} of {len(ended)} responses were cut off before their end; raise {entry}")
+        tell(f"{len(ended) - sum(ended)} of {len(ended)} responses were cut off before their end; raise {entry}")

@@ -66,9 +66,10 @@ def table(stage: Stage, name: str) -> list[Demonstration]:
 
 
 def batch_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration], compute: Compute) -> Batch:
-    """Demonstrations as one batch."""
-    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
-    responses = encode_responses(tokenizer, [row.response or "" for row in rows])
+    """Demonstrations as one batch. Raises StageError for a text that cannot be encoded, which `validate` has not seen."""
+    with refused_in_a_line():
+        prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
+        responses = encode_responses(tokenizer, [row.response or "" for row in rows])
     return collate(prompts, responses, pad_id(tokenizer)).to(compute.device)
 
 

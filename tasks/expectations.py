@@ -54,6 +54,7 @@ def suite_of(table: str, config: ValidateConfig, max_characters: int) -> list[Ex
     suite = [
         *_form(types),
         gxe.ExpectColumnValuesToBeInSet(column="id_is_hash", value_set=[True]),
+        gxe.ExpectColumnValuesToBeNull(column="not_encoded"),
         gxe.ExpectColumnValuesToBeBetween(column="tokens", min_value=1, max_value=config.max_tokens),
     ]
     for text in TEXTS.get(table, ["prompt", "response"]):

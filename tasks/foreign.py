@@ -15,10 +15,12 @@ def main(stage: Stage) -> None:
     from tasks.corpus import documents
     from tasks.resume import StageRecorder
     from tasks.roles import adapted
+    from tasks.room import check_room
 
     compute, tokenizer, seed = compute_of(stage), tokenizer_of(stage, "tokenizer"), stage.params.seed + OTHER
     config = replace(stage.params.pretrain, steps=stage.config.steps)
     model = build_base(config, tokenizer, seed)
+    check_room(stage, compute, [model.config], [], samples=False)
     stage.say(f"training another base for {config.steps} steps")
     recorder = StageRecorder(stage, "loss", "tokens")
     pretrain(model, tokenizer, documents(stage), config, seed=seed, compute=compute, recorder=recorder)

@@ -27,7 +27,7 @@ from apprentice.tilt import FILE as TILT
 from apprentice.tilt import Tilt, load_tilt, read_tilt
 from apprentice.tokens import encode_prompts
 from apprentice.verifiers import verify
-from tasks.candidates import warn_where_cut_off
+from tasks.candidates import tell_where_cut_off
 from tasks.checkpoints import batch_of, compute_of, model_folder, prompt_keys, scorers_of, table, tokenizer_of
 from tasks.kept import keeping
 from tasks.needs import measured_beside
@@ -106,7 +106,7 @@ def measure(
     stage.say("greedy responses done")
     sampled = respond(own.model, questions, samples=config.samples, temperature=config.temperature, **common)
     chosen = best_temperature(own.model, batch_of(own.tokenizer, validation, compute), config.temperatures, compute)
-    warn_where_cut_off(stage, sampled.ended.tolist(), "evaluate.max_new_tokens")
+    tell_where_cut_off(stage.warn, sampled.ended.tolist(), "evaluate.max_new_tokens")
     few = max(1, config.samples // 2)  # for a mean, half the draws do
     best = respond(own.model, questions, samples=few, temperature=chosen, **common)
     stage.say(f"samples done, at the best temperature {chosen:g} too; scoring")

@@ -42,12 +42,12 @@ def _counts(group: Sequence[Candidate], rewards: Sequence[float], accepted: Acce
 
 
 def choose_pairs(
-    groups: Sequence[Sequence[Candidate]], config: PairsConfig, seed: int, warn: Callable[[str], None]
+    groups: Sequence[Sequence[Candidate]], config: PairsConfig, seed: int, tell: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rejection-sample each prompt's candidates (`sft_sample_rank`: take any) and pair those accepted.
 
     Candidates cut off before the end token are left out; a pair of identical texts is dropped. Returns rows in TRL's
-    preference form and the figures. Warns where rejection accepted at first but the best of each prompt. Raises StageError
+    preference form and the figures. Tells where rejection accepted at first but the best of each prompt. Raises StageError
     when no pair is left.
     """
     pairs: list[dict[str, Any]] = []
@@ -76,7 +76,7 @@ def choose_pairs(
             "pairs.candidates or pairs.temperature"
         )
     if config.source == "rso_sample_rank" and config.beta and totals["lower"] and not totals["lower_hits"]:
-        warn(
+        tell(
             f"of {totals['lower']} candidates below their prompt's best the first round accepted none: at pairs.beta "
             f"{config.beta:g} rejection takes the best ones only; raise it"
         )

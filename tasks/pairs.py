@@ -9,7 +9,7 @@ def main(stage: Stage) -> None:
     from apprentice.policy import decode_responses
     from apprentice.rewards import sequence_rewards
     from apprentice.sampling import sample
-    from tasks.candidates import by_prompt, check_rewards, warn_where_cut_off
+    from tasks.candidates import by_prompt, check_rewards, tell_where_cut_off
     from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
     from tasks.kept import keeping
     from tasks.needs import paired
@@ -41,9 +41,9 @@ def main(stage: Stage) -> None:
         for row, text, reward, done in zip(asked, texts, rewards, ended, strict=True)
     ]
     groups = by_prompt(candidates)
-    warn_where_cut_off(stage, ended, "pairs.max_new_tokens")
+    tell_where_cut_off(stage.bad_sign, ended, "pairs.max_new_tokens")
     check_rewards(stage, groups)
-    pairs, figures = choose_pairs(groups, config, stage.params.seed, stage.warn)
+    pairs, figures = choose_pairs(groups, config, stage.params.seed, stage.bad_sign)
     write_jsonl(stage.data / "pairs" / "candidates.jsonl", candidates)
     write_jsonl(stage.data / "pairs" / "pairs.jsonl", pairs)
     stage.metrics(figures)

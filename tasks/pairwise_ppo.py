@@ -14,7 +14,7 @@ def main(stage: Stage) -> None:
         judge = judge_of(stage, setting.compute)
         return anchored_reward(stage, setting, lambda triples: win_logits(judge, triples))
 
-    ppo_stage(stage, reward, pool=anchored_pool(stage))
+    ppo_stage(stage, reward, pool=anchored_pool(stage), loaded=["judge"])
 
 
 run(__name__, main, __doc__)

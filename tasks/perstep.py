@@ -10,9 +10,11 @@ def main(stage: Stage) -> None:
     from tasks.fine_tuning import fine_tune_on
     from tasks.kept import keeping
     from tasks.preferring import prefer
+    from tasks.roles import preflight
     from tasks.stepping import as_weights, lessons
 
     compute, tokenizer = compute_of(stage), tokenizer_of(stage, "sft")
+    preflight(stage, compute, ["sft"], ["sft"], samples=True)
     found, figures = lessons(stage, tokenizer, keeping(stage, compute))
     stage.say(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if not found.prompts:

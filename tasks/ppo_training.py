@@ -28,10 +28,12 @@ def ppo_stage(
     reward: "Callable[[Setting], Reward]",
     pool: "Sequence[Demonstration] | None" = None,
     roles: Sequence[str] = (),
+    loaded: Sequence[str] = (),
 ) -> None:
     """Train the `init` model by PPO on a pool of prompts (the unlabelled one unless given); write model, history, metrics.
 
-    `reward` makes the reward for this setting; `roles` are models it needs besides anchor and critic.
+    `reward` makes the reward for this setting; `roles` are models it needs besides anchor and critic, `loaded` those it loads
+    itself.
     """
     from apprentice.ppo import PPO, Prompts
     from apprentice.tokens import encode_prompts, token_classes
@@ -42,7 +44,7 @@ def ppo_stage(
 
     compute, config = compute_of(stage), stage.config
     needs = by_ppo(config, roles)
-    preflight(stage, compute, *needs)
+    preflight(stage, compute, *needs, whole=loaded)
     tokenizer, (policy, scorers) = tokenizer_of(stage, config.init), roles_of(stage, config.init, needs.frozen, compute)
     pool = table(stage, "prompts") if pool is None else pool
     classes, class_names = token_classes(tokenizer, policy.config.vocab_size)

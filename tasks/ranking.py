@@ -30,7 +30,7 @@ def _demonstrated(stage: Stage, tokenizer: Any, compute: Any) -> list[Any]:
     from apprentice.evaluation import respond
     from apprentice.judge import PreferencePair
     from apprentice.policy import decode_responses
-    from tasks.candidates import warn_where_cut_off
+    from tasks.candidates import tell_where_cut_off
     from tasks.checkpoints import scorers_of, table
     from tasks.measuring import Measured
 
@@ -45,7 +45,7 @@ def _demonstrated(stage: Stage, tokenizer: Any, compute: Any) -> list[Any]:
         seed=f"{stage.params.seed}/judge",
         compute=compute,
     )
-    warn_where_cut_off(stage, rollout.ended.tolist(), f"{stage.name}.max_new_tokens")
+    tell_where_cut_off(stage.bad_sign, rollout.ended.tolist(), f"{stage.name}.max_new_tokens")
     texts = decode_responses(tokenizer, rollout.response_ids())
     asked = [row for row in rows for _ in range(config.samples)]
     return [PreferencePair(row.prompt, row.response, text, "demonstrations") for row, text in zip(asked, texts, strict=True)]

@@ -26,7 +26,9 @@ def _by_judge(stage: Stage, groups, compute) -> list[float]:  # type: ignore[no-
     """Logit of beating the prompt's first candidate, a draw of the SFT model, whose own reward is 0 (RSO, 3.2)."""
     from apprentice.judge import win_logits
     from tasks.ranking import judge_of
+    from tasks.room import preflight
 
+    preflight(stage, compute, [], ["judge"], samples=False)
     triples = [(row["prompt"], row["response"], group[0]["response"]) for group in groups for row in group]
     return win_logits(judge_of(stage, compute), triples).tolist()
 
@@ -38,7 +40,9 @@ def _by_reward_model(stage: Stage, groups, compute) -> list[float]:  # type: ign
     from apprentice.reward_model import bt_rewards
     from tasks.checkpoints import batch_of, tokenizer_of
     from tasks.ranking import reward_model_of
+    from tasks.room import preflight
 
+    preflight(stage, compute, [], ["bt_reward"], samples=False)
     rows = [demonstration(row["prompt"], row["response"], "candidates") for group in groups for row in group]
     with torch.no_grad():
         return bt_rewards(

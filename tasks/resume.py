@@ -72,6 +72,10 @@ class StageRecorder(Recorder):
         if new or self.stage.stop_signal:
             self.stage.saved(self.unit, done)
 
+    def bad_sign(self, message: str) -> None:
+        """Warn or stop, by `runtime.on_bad_sign`."""
+        self.stage.bad_sign(message)
+
     def warn(self, message: str) -> None:
         """Print a warning and keep it in the telemetry."""
         self.stage.warn(message)

@@ -32,19 +32,22 @@ def roles_of(stage: Stage, init: str, names: Sequence[str], compute: Compute) ->
     return copy.deepcopy(found[init]), {name: found[name] for name in names}
 
 
-def preflight(stage: Stage, compute: Compute, trained: Sequence[str], frozen: Sequence[str], samples: bool) -> None:
-    """`tasks.room.preflight` for the models that `roles_of` loads: each trunk once, and adapters."""
+def preflight(
+    stage: Stage, compute: Compute, trained: Sequence[str], frozen: Sequence[str], samples: bool, whole: Sequence[str] = ()
+) -> None:
+    """`tasks.room.preflight` for the models that `roles_of` loads: each trunk once, and adapters; and `whole` ones beside."""
     if not stage.params.lora.rank:
-        return room.preflight(stage, compute, trained, frozen, samples)
+        return room.preflight(stage, compute, trained, [*frozen, *whole], samples)
     with refused_in_a_line():
-        shapes = on_trunks(
+        own, held = on_trunks(
             trained,
             frozen,
             lambda name: trunk_of(stage, name),
             lambda trunk: shape_of(room.config_of(stage, trunk)),
             cache(lambda trunk: adapter_shape(room.config_of(stage, trunk), stage.params.lora)),
         )
-    room.check_shapes(stage, compute, *shapes, samples)
+    held += [shape_of(room.config_of(stage, name)) for name in whole]
+    room.check_shapes(stage, compute, own, held, samples)
 
 
 def model_to_train(stage: Stage, init: str, compute: Compute, load: Load, heads: Sequence[str]) -> Any:

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.stage import FULL, Stage, StageError
+from tasks.cgroup import limits
+from tasks.faults import FULL
+from tasks.stage import Stage, StageError
 
 if TYPE_CHECKING:
     from apprentice.compute import Compute
@@ -26,28 +28,34 @@ def config_of(stage: Stage, name: str) -> Any:
     from transformers import AutoConfig
 
     from apprentice.policy import checkpoint_arguments
-    from tasks.checkpoints import model_folder
+    from tasks.checkpoints import model_folder, refused_in_a_line
 
-    return AutoConfig.from_pretrained(**checkpoint_arguments(model_folder(stage, name)), trust_remote_code=False)
+    with refused_in_a_line():
+        return AutoConfig.from_pretrained(**checkpoint_arguments(model_folder(stage, name)), trust_remote_code=False)
 
 
-def check_room(stage: Stage, compute: "Compute", trained: Sequence[Any], frozen: Sequence[Any], samples: bool) -> None:
+def check_room(
+    stage: Stage, compute: "Compute", trained: Sequence[Any], frozen: Sequence[Any], samples: bool, written: int = 0
+) -> None:
     """Say what training and scoring models of these configurations, and sampling from one, is estimated to take.
+
+    `written`: how many models are written, each as large as the largest, though none is trained.
 
     Raises StageError where the models alone are larger than the memory, or what is to be written larger than the free disk.
     """
     from apprentice.footprint import shape_of
 
-    check_shapes(stage, compute, [shape_of(one) for one in trained], [shape_of(one) for one in frozen], samples)
+    shapes = [shape_of(one) for one in trained], [shape_of(one) for one in frozen]
+    check_shapes(stage, compute, *shapes, samples, written)
 
 
 def check_shapes(
-    stage: Stage, compute: "Compute", trained: "Sequence[Shape]", frozen: "Sequence[Shape]", samples: bool
+    stage: Stage, compute: "Compute", trained: "Sequence[Shape]", frozen: "Sequence[Shape]", samples: bool, written: int = 0
 ) -> None:
     """The same for shapes of models and adapters."""
     from apprentice.footprint import footprint
 
-    needs = footprint(trained, frozen, compute, samples)
+    needs = footprint(trained, frozen, compute, samples, written)
     free_memory, memory = memory_of(compute)
     project = stage.data.parent
     free_disk = shutil.disk_usage(project).free
@@ -55,14 +63,15 @@ def check_shapes(
         f"needs about {size(needs.memory)} more memory ({size(free_memory)} free) and {size(needs.disk)} of disk "
         f"({size(free_disk)} free)"
     )
+    held = "weights, gradients and optimizer" if trained else "the weights of its models"
     if needs.certain > memory:
         raise StageError(
-            f"{stage.name}: weights, gradients and optimizer take {size(needs.certain)}, and {compute.device} has "
+            f"{stage.name}: {held} take {size(needs.certain)}, and {compute.device} has "
             f"{size(memory)} of memory in all; take a smaller checkpoint, adapters (lora.rank) or a larger machine"
         )
     if needs.disk > free_disk:
         raise StageError(
-            f"{stage.name}: the model, its copy in DVC's cache and two snapshots take {size(needs.disk)} of disk, and "
+            f"{stage.name}: what it writes, its copy in DVC's cache and two snapshots take {size(needs.disk)} of disk, and "
             f"{size(free_disk)} are free at {project}; free some (`dvc gc --workspace` drops what no stage uses any more)"
         )
     if needs.memory > free_memory:
@@ -70,7 +79,7 @@ def check_shapes(
 
 
 def memory_of(compute: "Compute") -> tuple[int, int]:
-    """Free and all memory of the device, in bytes."""
+    """Free and all memory of the device, in bytes; of a CPU what the control groups of this process leave of it."""
     import psutil
     import torch
 
@@ -78,7 +87,8 @@ def memory_of(compute: "Compute") -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(compute.device)
         return int(free), int(total)
     found = psutil.virtual_memory()
-    return int(found.available), int(found.total)
+    free, total = zip((found.available, found.total), *limits(), strict=True)
+    return min(free), min(total)
 
 
 @contextmanager

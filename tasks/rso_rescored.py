@@ -9,7 +9,7 @@ def main(stage: Stage) -> None:
     from tasks.pairing import choose_pairs, summary
     from tasks.preferring import prefer_stage
 
-    rows, figures = choose_pairs(prompt_groups(stage, "rescored"), stage.params.pairs, stage.params.seed, stage.warn)
+    rows, figures = choose_pairs(prompt_groups(stage, "rescored"), stage.params.pairs, stage.params.seed, stage.bad_sign)
     stage.say(summary(figures))
     prefer_stage(stage, rows, figures)
 

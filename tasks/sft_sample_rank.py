@@ -12,7 +12,7 @@ def main(stage: Stage) -> None:
     from tasks.preferring import prefer_stage
 
     config = replace(stage.params.pairs, source="sft_sample_rank")
-    rows, figures = choose_pairs(prompt_groups(stage, stage.config.candidates), config, stage.params.seed, stage.warn)
+    rows, figures = choose_pairs(prompt_groups(stage, stage.config.candidates), config, stage.params.seed, stage.bad_sign)
     stage.say(summary(figures))
     prefer_stage(stage, rows, figures)
 

@@ -3,7 +3,6 @@
 A stage module is `def main(stage): read, call one core function, write` and ends with `run(__name__, main, __doc__)`.
 """
 
-import errno
 import json
 import os
 import resource
@@ -19,19 +18,14 @@ from typing import IO, Any
 
 from apprentice.config import Params, ParamsError, parse
 from apprentice.demonstrations import atomic_write
-from apprentice.finite import NumbersError, all_finite
+from apprentice.finite import BadSignError, all_finite
 from tasks.alone import end_with_dvc, hold
+from tasks.faults import in_a_line
 from tasks.history import History
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
 SETTINGS = {"report_methods": "report", "register_methods": "register"}  # these go by the section of another stage
-NUMBERS_ADVICE = (
-    "Nothing was trained on it; the last snapshot stays under .resume/. Lower the learning rate (params.yaml, section `{}`) "
-    "or look for a model or reward that is broken already. With runtime.skip_steps above 0 the same command goes on from the "
-    "snapshot and skips up to so many such steps in a row."
-)
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, quota exceeded
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PRIVACY = {  # no tool phones home, under a plain `dvc repro` neither
@@ -134,6 +128,12 @@ class Stage:
         """Print a warning and keep it in the telemetry."""
         self.say(f"WARNING: {message}")
         self.telemetry(event="warning", message=message)
+
+    def bad_sign(self, message: str) -> None:
+        """Warn of a sign that the run goes wrong; with `runtime.on_bad_sign: stop` raise BadSignError instead."""
+        if self.params.runtime.on_bad_sign == "stop":
+            raise BadSignError(message)
+        self.warn(message)
 
     def progress(self, step: int, total: int, **shown: float) -> None:
         """Print step, figures, rate and remaining time, at most every `runtime.progress_seconds`."""
@@ -242,12 +242,10 @@ def run(
         _finish(stage)
     except (ParamsError, StageError) as error:
         failed = f"{type(error).__name__}: {error}"
-    except NumbersError as error:
-        failed = f"NumbersError: {error}\n{NUMBERS_ADVICE.format(name)}"
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        failed = in_a_line(error, name, ROOT)
+        if failed is None:
             raise
-        failed = f"StageError: the disk is full ({error}); free some of {ROOT} and give the same command again"
     if failed:
         print(f"[{name}] {failed}", file=sys.stderr, flush=True)
         raise SystemExit(2)

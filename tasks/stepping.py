@@ -27,7 +27,7 @@ from apprentice.steps import (
     verdict_values,
 )
 from tasks.answers import check_of
-from tasks.candidates import warn_where_cut_off
+from tasks.candidates import tell_where_cut_off
 from tasks.checkpoints import scorers_of
 from tasks.pairing import pick_prompts, requests_of
 from tasks.ppo_training import with_answers
@@ -54,7 +54,7 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
     rollout = sample(
         policy, requests_of(rows, tokenizer, config.negatives), seed=f"{stage.params.seed}/perstep", compute=compute, **drawn
     )
-    warn_where_cut_off(stage, rollout.ended.tolist(), "perstep.max_new_tokens")
+    tell_where_cut_off(stage.bad_sign, rollout.ended.tolist(), "perstep.max_new_tokens")
     attempts = attempts_of(rollout, separators, verify)
     valued = [row for row in attempts if config.variant == "advantage_weighted" or not row.right]
     completed = {}

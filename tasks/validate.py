@@ -2,7 +2,9 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tasks.stage import Stage, StageError, run, stores_root, write_json
@@ -27,6 +29,7 @@ ANSWER_FIELDS = ("answer", "prompt_id", "verifier")
 ADVICE = {
     "unknown_share": "the tokenizer does not know these words: name a real checkpoint in pretrain.checkpoint, "
     "or raise tokenizer.max_words",
+    "not_encoded": "leave these rows out of the source, or write them otherwise (a chat template may refuse a role, as system)",
     "tokens": "shorten the rows, or raise validate.max_tokens (and the lengths of the model and of sampling with it)",
     "largest_class_share": "balance the classes of `quality`, or raise validate.max_class_share",
 }
@@ -35,13 +38,12 @@ Row = dict[str, Any]
 
 def main(stage: Stage) -> None:
     """Check every table, write the outcomes, and stop at what does not hold."""
-    from transformers import AutoTokenizer
-
     from apprentice.demonstrations import read_jsonl
+    from tasks.checkpoints import tokenizer_of
     from tasks.expectations import run_suites, suite_of
 
     tables = {name: read_jsonl(stage.data / "clean" / f"{name}.jsonl") for name in TABLES}
-    tokenizer = AutoTokenizer.from_pretrained(stage.data / "models" / "tokenizer")
+    tokenizer = tokenizer_of(stage, "tokenizer")
     frames = make_frames(tables, tokenizer)
     suites = {name: suite_of(name, stage.config, stage.params.ingest.max_characters) for name in frames}
     docs = stores_root() / ".telemetry" / "data_docs"
@@ -180,17 +182,35 @@ def _is_chat(prompt: Any) -> bool:
 
 def _count_tokens(frame: list[Row], rows: list[Row], tokenizer: "PreTrainedTokenizerBase", responses: tuple[str, ...]) -> None:
     """Add to a frame: `tokens` of prompt (with its chat frame) and response, the longer one of a pair; `all_tokens` of both
-    sides of a pair; and how many of those are `unknown`."""
+    sides of a pair; how many of those are `unknown`; and `not_encoded`, why a text of the row cannot be encoded, else None."""
     from apprentice.tokens import encode_prompts, encode_responses
 
     usable = ["" if row["prompt"] is None else raw["prompt"] for row, raw in zip(frame, rows, strict=True)]
-    prompts = encode_prompts(tokenizer, usable)
-    sides = [encode_responses(tokenizer, [row[column] or "" for row in frame]) for column in responses]
-    for row, prompt, *said in zip(frame, prompts, *sides, strict=True):
+    faults: dict[int, str] = {}
+    prompts = _encoded(partial(encode_prompts, tokenizer), usable, faults)
+    sides = [_encoded(partial(encode_responses, tokenizer), [row[side] or "" for row in frame], faults) for side in responses]
+    for number, (row, prompt, *said) in enumerate(zip(frame, prompts, *sides, strict=True)):
+        row["not_encoded"] = faults.get(number)
         texts = [prompt + (ids if row[column] is not None else []) for column, ids in zip(responses, said, strict=True)]
-        row["tokens"], row["all_tokens"] = max(map(len, texts)), sum(map(len, texts))
+        row["tokens"], row["all_tokens"] = None if number in faults else max(map(len, texts)), sum(map(len, texts))
         unknown = tokenizer.unk_token_id
         row["unknown"] = 0 if unknown is None else sum(ids.count(unknown) for ids in texts)
+
+
+def _encoded(
+    encode: Callable[[Sequence[Any]], list[list[int]]], texts: Sequence[Any], faults: dict[int, str]
+) -> list[list[int]]:
+    """Token ids of texts; of one that cannot be encoded none, and the reason is put among the faults of its row."""
+    with suppress(ValueError):
+        return encode(texts)
+    found = []
+    for number, text in enumerate(texts):  # one by one, for its row
+        try:
+            found += encode([text])
+        except ValueError as error:
+            found.append([])
+            faults.setdefault(number, str(error))
+    return found
 
 
 def _summary(name: str, rows: list[Row], classes: Counter[str]) -> Row:
@@ -199,7 +219,7 @@ def _summary(name: str, rows: list[Row], classes: Counter[str]) -> Row:
     return {
         "id": name,
         "rows": len(rows),
-        "longest_tokens": max((row["tokens"] for row in rows), default=0),
+        "longest_tokens": max((row["tokens"] or 0 for row in rows), default=0),
         "unknown_share": sum(row["unknown"] for row in rows) / max(sum(row["all_tokens"] for row in rows), 1),
         "largest_class_share": largest if name == "demonstrations" else None,
     }

@@ -24,6 +24,7 @@ def main(stage: Stage) -> None:
     compute, config = compute_of(stage), stage.config
     _check(stage)
     names = dict.fromkeys((config.plus, config.minus, config.target, FOREIGN, FOREIGN_BASE))
+    _preflight(stage, compute, list(names))
     models = {name: policy_of(stage, name, compute) for name in names}
     vector, foreign, facts = _vectors(stage, models)
     tokenizer, target = tokenizer_of(stage, config.target), models[config.target]
@@ -81,6 +82,14 @@ def _check(stage: Stage) -> None:
         raise StageError(f"vectors: {error}") from error
     for note in notes:
         stage.say(note)
+
+
+def _preflight(stage: Stage, compute: Any, names: list[str]) -> None:
+    """The models, and as large as the target three vectors and a sum; four models are written."""
+    from tasks.room import check_room, config_of
+
+    configs = [config_of(stage, name) for name in [*names, *[stage.config.target] * 4]]
+    check_room(stage, compute, [], configs, samples=True, written=4)
 
 
 def _vectors(stage: Stage, models: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

@@ -32,6 +32,11 @@ def test_sampling_by_hand() -> None:
     assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False).memory == 4040 + 4000 + 5440
 
 
+def test_models_written_untrained_by_hand() -> None:
+    """Each in 4 bytes a parameter of the largest, and once more in DVC's cache."""
+    assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False, written=3).disk == 3 * 2 * 4 * 1000
+
+
 def test_activations_computed_again_by_hand() -> None:
     """Those of one layer, 34 * 2 bytes * 10 * 8, and the inputs of both, 4 bytes * 10 * 8 each."""
     again = dataclasses.replace(COMPUTE, gradient_checkpointing=True)

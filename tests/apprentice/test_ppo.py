@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from apprentice.advantages import gae
 from apprentice.compute import CPU, Compute
-from apprentice.finite import NumbersError
+from apprentice.finite import BadSignError, NumbersError
 from apprentice.health import signs
 from apprentice.losses import clipped_policy_loss
 from apprentice.policy import freeze, response_scores, score, values_of
@@ -685,6 +685,22 @@ def test_a_policy_that_runs_away_from_the_anchor_is_told_of_once() -> None:
     (said,) = [text for text in recorder.warnings if "kl_stop" in text]
     assert said.startswith("iteration 1 of 3: ") and "nats per response from the KL anchor 'sft', and kl_stop is None" in said
     assert all(row["kl_to_anchor"] > 10 for row in recorder.rows)
+
+
+class Stopping(Recorder):
+    """Stops at a bad sign, as stages may."""
+
+    def bad_sign(self, message: str) -> None:
+        raise BadSignError(message)
+
+
+def test_who_stops_at_a_bad_sign_has_trained_nothing_on_it() -> None:
+    ppo, recorder = trainer(iterations=3), Stopping()
+    ppo.scorers = {name: freeze(markov([[0.0] * 4] * 4)) for name in ("sft", "base")}  # one tells nothing from the other
+    policy, critic = hash_of(ppo.policy), hash_of(ppo.critic)
+    with pytest.raises(BadSignError, match=r"iteration 1 of 3: reward std 0 is below"):
+        ppo.train(recorder)
+    assert recorder.rows == [] and (hash_of(ppo.policy), hash_of(ppo.critic)) == (policy, critic)
 
 
 def test_responses_that_run_away_in_length_are_told_of_once() -> None:

@@ -22,6 +22,7 @@ from apprentice.vector_folders import Checkpoint
 from tasks.preset import apply
 from tests.apprentice.toys import tiny_llama
 from tests.conftest import ROOT, Project
+from tests.imports import sources as py_files
 
 CONTENT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -217,6 +218,21 @@ def test_what_can_be_seen_is_refused_at_every_door(folder: Path, name: str) -> N
     for door in (inspect_checkpoint, load_policy, load_tokenizer, Checkpoint):
         said = refusal(lambda door=door: door(folder))
         assert in_a_line(said, folder, told), said
+
+
+def test_there_are_no_other_doors() -> None:
+    """Whatever loads by `from_pretrained` is given a folder that was inspected right there, or in the trial's own process."""
+    doors = {
+        "apprentice/policy.py": "checkpoint_arguments",
+        "apprentice/reward_model.py": "checkpoint_arguments",
+        "apprentice/vector_folders.py": "inspect_checkpoint",
+        "tasks/room.py": "checkpoint_arguments",
+        "tasks/dry_run.py": "inspect_checkpoint",
+        "apprentice/checkpoint_trial.py": "",
+    }
+    sources = {path: (ROOT / path).read_text() for path in py_files("apprentice", "tasks", "flows")}
+    loading = {path for path, code in sources.items() if ".from_pretrained(" in code}
+    assert loading == doors.keys() and all(doors[path] in sources[path] for path in loading)
 
 
 @corpus("name", TRIED)

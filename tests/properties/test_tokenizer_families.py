@@ -186,5 +186,5 @@ def test_text_that_cannot_be_kept_from_forging_is_refused() -> None:
     model.add_special_tokens(["<eos>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", unk_token="<unk>")
     assert encode_response(tokenizer, "tom <eos>") == [0, 0, 0, 1]  # cut in two
-    with pytest.raises(ValueError, match="'ß' cannot be encoded without the reserved token '<eos>'"):
+    with pytest.raises(ValueError, match="no encoding without the reserved token '<eos>'; leave the row out: 'ß'"):
         encode_response(tokenizer, "ß")

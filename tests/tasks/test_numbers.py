@@ -4,6 +4,7 @@ responses, no pair, nothing to learn from; and training through the files of a s
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 
 from apprentice.compute import CPU
 from apprentice.demonstrations import read_jsonl
-from apprentice.finite import NumbersError
-from tasks import continued_sft, pairs, perstep, rescore, whole_pairs
-from tasks.candidates import check_rewards, warn_where_cut_off
+from apprentice.finite import BadSignError, NumbersError
+from tasks import continued_sft, pairs, perstep, rescore, rso_rescored, whole_pairs
+from tasks.candidates import check_rewards, tell_where_cut_off
 from tasks.checkpoints import save_model
 from tasks.ranking import ranked_pairs
 from tasks.resume import StageRecorder
@@ -81,11 +82,38 @@ def test_one_prompt_told_apart_is_enough(stage_of: StageOf, tmp_path: Path) -> N
     assert len(said_by(stage, tmp_path)) == 1
 
 
+def test_with_stop_a_flat_reward_ends_the_pairs_before_they_are_made(stage_of: StageOf) -> None:
+    stage = prepared(stage_of("pairs", **{"compute.device": "cpu", "runtime.on_bad_sign": "stop"}), base=0.5)
+    with pytest.raises(BadSignError, match="the reward tells no two candidates of any prompt apart"):
+        pairs.main(stage)
+    assert not (stage.data / "pairs" / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize("rule", ["warn", "stop"])
+def test_rejection_down_to_the_best_follows_the_rule(
+    stage_of: StageOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    stage, trained = stage_of("rso_rescored", **{"runtime.on_bad_sign": rule, "pairs.beta": 0.01}), list[Any]()
+    write_candidates(stage.data, candidates("q", *[(f"x {i}", float(i)) for i in range(16)]), source="rescored")
+    monkeypatch.setattr("tasks.preferring.prefer_stage", lambda stage, rows, figures: trained.extend(rows))
+    with pytest.raises(BadSignError, match="best ones only") if rule == "stop" else nullcontext():
+        rso_rescored.main(stage)
+    assert (len(said_by(stage, tmp_path)), bool(trained)) == ((1, True) if rule == "warn" else (0, False))
+
+
+def test_with_stop_cut_off_responses_end_what_would_learn_from_them(stage_of: StageOf) -> None:
+    stage = stage_of("judge", **{"compute.device": "cpu", "judge.max_new_tokens": 1, "runtime.on_bad_sign": "stop"})
+    prepared(stage)
+    write_table(stage.data, "demonstrations", ("q", "x x"))
+    with pytest.raises(BadSignError, match=r"8 of 8 responses were cut off before their end; raise judge.max_new_tokens"):
+        ranked_pairs(stage, words(), CPU)
+
+
 def test_where_most_responses_are_cut_off_a_warning_names_the_entry(stage_of: StageOf, tmp_path: Path) -> None:
     stage = stage_of("pairs")
-    warn_where_cut_off(stage, [True, False], "pairs.max_new_tokens")
+    tell_where_cut_off(stage.warn, [True, False], "pairs.max_new_tokens")
     assert said_by(stage, tmp_path) == []
-    warn_where_cut_off(stage, [True, False, False], "pairs.max_new_tokens")
+    tell_where_cut_off(stage.warn, [True, False, False], "pairs.max_new_tokens")
     assert said_by(stage, tmp_path) == ["2 of 3 responses were cut off before their end; raise pairs.max_new_tokens"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import Project
 from tests.toy import wait_for
 
-STAGE = '''"""A stage of 200 short steps; step $LONG takes a minute, step $BROKEN has no loss."""
+STAGE = '''"""A stage of 200 short steps; step $LONG takes a minute, step $BROKEN has no loss, $SIGN shows a bad sign."""
 import os, time
 from tasks.stage import Stage, run
 
@@ -26,6 +26,8 @@ def main(stage):
     for step in range(saved["step"] + 1 if saved else 1, 201):
         time.sleep(60 if os.environ.get("LONG") == str(step) else 0.0 if "QUICK" in os.environ else 0.05)
         loss = float("nan") if os.environ.get("BROKEN") == str(step) else 1.0 / step
+        if os.environ.get("SIGN") == str(step):
+            recorder.bad_sign(f"step {step} of 200: responses run away in length")
         taken = recorder.takes(f"step {step} of 200", {"loss": loss})
         recorder.step(step, 200, {"loss": loss if taken else None}, lambda: {"step": step})
     recorder.over(lambda: {"step": step})
@@ -119,3 +121,19 @@ def test_after_it_stopped_the_rule_to_skip_lets_it_go_on_from_its_last_snapshot(
     assert "WARNING: step 7 of 200: loss nan: skipped" in done.stdout
     assert json.loads(place.path("data/reports/sft/metrics.json").read_text()) == {"loss": 1 / 200, "skipped_steps": 1}
     assert steps(place)[5:8] == ["6,0.166667", "7,", "8,0.125"] and len(steps(place)) == 200
+
+
+def test_a_bad_sign_ends_the_stage_by_the_rule_and_with_the_other_the_same_command_goes_on(place: Project) -> None:
+    def run() -> subprocess.CompletedProcess[str]:
+        told = environment(QUICK="1", SIGN="7")
+        return subprocess.run([sys.executable, "-m", "tasks.sft"], cwd=place.root, env=told, capture_output=True, text=True)
+
+    place.set(runtime__checkpoint_steps=1, runtime__on_bad_sign="stop")
+    stopped = run()
+    assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
+    assert "[sft] BadSignError: step 7 of 200: responses run away in length\nNothing was trained on it;" in stopped.stderr
+    assert json.loads(snapshot(place).read_text())["step"] == 6 and len(steps(place)) == 6
+    place.set(runtime__on_bad_sign="warn")
+    done = run()
+    assert done.returncode == 0 and "continuing after step 6 " in done.stdout and len(steps(place)) == 200
+    assert "WARNING: step 7 of 200: responses run away in length" in done.stdout

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from apprentice.demonstrations import demonstration, digest, read_jsonl, write_jsonl
+from apprentice.policy import load_tokenizer
 from tasks import ingest, tokenizer, validate
 from tasks.stage import Stage, StageError
 
@@ -229,24 +232,70 @@ def test_the_error_names_rule_rows_and_remedy(tables: Path, stage_of: StageOf) -
 
 
 def test_unknown_share_counts_tokens(tables: Path) -> None:
-    from transformers import AutoTokenizer
-
     rows = [demonstration("how many glorp ?", "answer : blarg", "by hand").__dict__]
-    known = AutoTokenizer.from_pretrained(tables.parent / "models" / "tokenizer")
+    known = load_tokenizer(tables.parent / "models" / "tokenizer")
     frames = validate.make_frames({"demonstrations": rows, "validation": [], "prompts": [], "evaluation": []}, known)
     assert (frames["demonstrations"][0]["tokens"], frames["demonstrations"][0]["unknown"]) == (11, 2)
     assert frames["tables"][0]["unknown_share"] == pytest.approx(2 / 11)
 
 
 def test_both_sides_of_a_pair_are_counted(tables: Path) -> None:
-    from transformers import AutoTokenizer
-
     row = {"prompt": "how many glorp ?", "chosen": "answer : blarg", "rejected": "answer : 1 2 3"}
-    known = AutoTokenizer.from_pretrained(tables.parent / "models" / "tokenizer")
+    known = load_tokenizer(tables.parent / "models" / "tokenizer")
     frames = validate.make_frames({"preferences": [row]}, known)
     (pair,) = frames["preferences"]  # 7 of the prompt with its frame; 4 and 6 of the responses, end tokens included
     assert (pair["tokens"], pair["all_tokens"], pair["unknown"]) == (7 + 6, 7 + 4 + 7 + 6, 1 + 1 + 1)
     assert frames["tables"][0]["unknown_share"] == pytest.approx(3 / 24)
+
+
+GEMMA_LIKE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def test_a_chat_that_the_template_refuses_is_named_and_stops(tables: Path, stage_of: StageOf) -> None:
+    chat = [{"role": "system", "content": "obey"}, {"role": "user", "content": "how many ?"}]
+    row = demonstration(chat, "answer : 1", "by hand").__dict__
+    edit(tables / "demonstrations.jsonl", lambda rows: rows.append(row))
+    known = load_tokenizer(tables.parent / "models" / "tokenizer")
+    known.chat_template = GEMMA_LIKE + known.chat_template
+    known.save_pretrained(tables.parent / "models" / "tokenizer")
+    stage = stage_of("validate")
+    with pytest.raises(StageError) as caught:
+        validate.main(stage)
+    assert broken_rules(stage) == {"demonstrations not_encoded values_to_be_null": [row["id"]]}
+    told = f"does not hold for 1 of 21 rows. First: {row['id']}: \"the tokenizer's chat template refuses it: System role not"
+    assert told in str(caught.value) and "leave these rows out of the source" in str(caught.value)
+
+
+def test_texts_that_cannot_be_encoded_are_named_and_stop(tables: Path, stage_of: StageOf) -> None:
+    """The normaliser makes the end token out of another character; the texts themselves are cut in the message."""
+    long = "first " * 200 + "\u00df"
+    row, prompt = demonstration("how many ?", long, "by hand").__dict__, demonstration("\u00df ?", None, "by hand").__dict__
+    edit(tables / "validation.jsonl", lambda rows: rows.append(row))
+    edit(tables / "prompts.jsonl", lambda rows: rows.append(prompt))
+    folder = tables.parent / "models" / "tokenizer"
+    model = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    model.pre_tokenizer, model.normalizer = pre_tokenizers.WhitespaceSplit(), normalizers.Replace("\u00df", "<eos>")
+    model.add_special_tokens(["<eos>"])
+    shutil.rmtree(folder)  # its chat template too
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    stage = stage_of("validate", **{"validate.max_unknown_share": 1.0})
+    with pytest.raises(StageError) as caught:
+        validate.main(stage)
+    assert broken_rules(stage) == {
+        "validation not_encoded values_to_be_null": [row["id"]],
+        "prompts not_encoded values_to_be_null": [prompt["id"]],
+    }
+    message = str(caught.value)
+    assert f"First: {row['id']}: \"no encoding without the reserved token '<eos>'; leave the row out: 'first" in message
+    assert long not in message and message.count("first ") < 30
+
+
+def test_a_tokenizer_that_brings_code_is_refused(tables: Path, stage_of: StageOf) -> None:
+    config = tables.parent / "models" / "tokenizer" / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["modeling_own.Own", None]}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **own}))
+    with pytest.raises(StageError, match=r"tokenizer_config.json: `auto_map` asks for code of the checkpoint's own"):
+        validate.main(stage_of("validate"))
 
 
 def test_class_balance_and_empty_tables(tables: Path, stage_of: StageOf) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,22 @@ def test_a_line_of_50_mb_is_never_held_in_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert len(raws) == 1 + len(GOOD)
     assert peak < 5 * MAX_LINE < MANY
+
+
+def test_of_a_source_only_the_rows_that_can_be_used_are_held(tmp_path: Path, stage_of: Callable[..., Any]) -> None:
+    """30 MB of a row without a response."""
+    path, pair = tmp_path / "source.jsonl", json.dumps({"prompt": "why? " * 4000, "response": ""})
+    path.write_text(f"{pair}\n" * 1500 + "".join(json.dumps({"prompt": f"{n}?", "response": "so"}) + "\n" for n in range(500)))
+    own = {"source.kind": "jsonl", "source.path": "source.jsonl", "max_rejected_share": 1.0}
+    stage = stage_of("ingest", **{f"ingest.{name}": value for name, value in own.items()})
+    tracemalloc.start()
+    try:
+        ingest.main(stage)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert json.loads((stage.reports / "metrics.json").read_text())["rows_read"] == 2000
+    assert peak < 8 * 2**20 < path.stat().st_size
 
 
 READING = """

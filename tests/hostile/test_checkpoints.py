@@ -225,7 +225,7 @@ def test_there_are_no_other_doors() -> None:
     doors = {
         "apprentice/policy.py": "checkpoint_arguments",
         "apprentice/reward_model.py": "checkpoint_arguments",
-        "apprentice/vector_folders.py": "inspect_checkpoint",
+        "apprentice/vector_folders.py": "checkpoint_arguments",
         "tasks/room.py": "checkpoint_arguments",
         "tasks/dry_run.py": "inspect_checkpoint",
         "apprentice/checkpoint_trial.py": "",

@@ -20,14 +20,15 @@ TRAINING = '''
 import json, pathlib, shutil, time
 from apprentice.compute import CPU
 from tasks.kept import keeping
-from tasks.resume import StageRecorder, resume_folder
+from tasks.resume import StageRecorder
 from tasks.stage import run
+from tasks.unfinished import take
 
 
 def main(stage):
     knobs = json.loads(pathlib.Path("knobs.json").read_text())
     if "last" in knobs.get("forgets", ()):
-        shutil.rmtree(resume_folder(stage) / "last", ignore_errors=True)
+        shutil.rmtree(take(stage) / "last", ignore_errors=True)
     compute, recorder = keeping(stage, CPU), StageRecorder(stage)
     pieces = [compute.keep(lambda number=number: number) for number in range(4)]
     saved = recorder.resume()
@@ -36,6 +37,7 @@ def main(stage):
         time.sleep(knobs.get("step_seconds", 0.1))
         total += step * pieces[step % 4]
         recorder.step(step, 6, {"loss": total}, lambda: {"total": total})
+    recorder.over(lambda: {"total": total})
     model = stage.data / "models" / "sft"
     model.mkdir(parents=True)
     (model / "weights").write_text(f"{total} {bool(saved and knobs.get('differs'))}")
@@ -162,7 +164,7 @@ def test_a_stage_killed_after_a_save_goes_on(toy: Project, monkeypatch: pytest.M
     knobs(toy, step_seconds=1.0)  # left alone by DVC the stage finds that out within a second, before it has ended
     lock = toy.path("dvc.lock").read_bytes()
     victim, record = strike(toy, monkeypatch, way, Blow(signal.SIGKILL, 5, 0.0))
-    assert victim.saves == [("piece", n) for n in range(1, 5)] + [("step", n) for n in range(1, 6)]
+    assert victim.saves == [("piece", n) for n in range(1, 5)] + [("step", n) for n in range(1, 7)]
     assert record.good and record.hit.saved["step"] >= 2 and not record.hit.finished, record
     assert record.resumed["piece"] == 4 and record.resumed["step"] >= record.hit.saved["step"]
     assert toy.path("dvc.lock").read_bytes() == lock

@@ -112,7 +112,9 @@ class Victim:
 
     @contextmanager
     def new(self, way: Way) -> Iterator[None]:
-        """For DVC a stage that it has never run, or it would not run it; its lock file is put back in the end."""
+        """A stage without unfinished work, and for DVC one that it has never run, or it would not run it; its lock file is put
+        back in the end."""
+        shutil.rmtree(self.project.path(f".resume/{self.label}"), ignore_errors=True)
         path = self.project.path(self.lock)
         before = path.read_bytes()
         if way != "python":

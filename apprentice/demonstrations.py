@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -114,6 +115,32 @@ def atomic_write(path: Path) -> Iterator[IO[str]]:
 def partial_of(folder: Path) -> Path:
     """Where a folder is written that appears under its name only when it is whole."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when it is whole (until then it is `partial_of` it), and is on disk, name
+    and all, when this returns."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        fsync_inside(partial)
+        partial.rename(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fsync_inside(folder: Path) -> None:
+    """Return once all files and folders of a folder are on disk, it itself included."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for path in [folder, *filter(Path.is_dir, folder.rglob("*"))]:
+        fsync_folder(path)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -3,8 +3,6 @@
 import copy
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from apprentice.compute import CPU, Compute
-from apprentice.demonstrations import fsync_folder, partial_of
+from apprentice.demonstrations import atomic_folder
 from apprentice.foreign_checkpoint import inspect_checkpoint
 from apprentice.layers import set_layers
 from apprentice.tokens import Batch
@@ -86,21 +84,12 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Write a Hugging Face checkpoint with tokenizer, chat template, generation config and model card.
 
-    The folder appears under its name only when it is whole (until then it is `partial_of` it), and is on disk, name and all,
-    when this returns.
+    The folder appears under its name only when it is whole.
     """
-    partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card)
-    for path in filter(Path.is_file, partial.rglob("*")):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for inside in [partial, *filter(Path.is_dir, partial.rglob("*"))]:
-        fsync_folder(inside)
-    partial.rename(folder)
-    fsync_folder(folder.parent)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card)
 
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Only safetensors are read, in one file or in shards. The numbers are those of `a
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from apprentice.demonstrations import partial_of
+from apprentice.demonstrations import atomic_folder
 from apprentice.foreign_checkpoint import INDEX, SINGLE, weight_places
 from apprentice.policy import PINNED, checkpoint_arguments, load_tokenizer
 from apprentice.vectors import (
@@ -156,7 +155,7 @@ def add_to_folder(
         moved, rounded = moved + int(moves.sum()), rounded + int((moves & (new == own)).sum())
         return new
 
-    with _appearing(out) as partial:
+    with atomic_folder(out) as partial:
         _write_tensors(partial, ((name, result(name)) for name in target.files))
         for path in [*target.folder.iterdir(), *target.folder.glob("additional_chat_templates/*.jinja")]:
             if _travels(path):
@@ -221,23 +220,6 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         (folder / f"{number}.part").rename(folder / file)
         places |= dict.fromkeys(names, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n")
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name at the end and goes away on an error."""
-    partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -168,37 +168,17 @@ def ppo(generator: torch.Generator, lengths: list[int], **settings: Any) -> dict
 
 
 def ppo_loop(settings: dict[str, Any], noted: dict[str, Any]) -> Any:
-    """What the loop of TRL's `PPOTrainer` asks of its trainer."""
+    """What the loop of TRL's `PPOTrainer` asks of its trainer; what it logs is `noted`."""
     from accelerate import Accelerator
 
     model = nn.Module()
     model.still = nn.Parameter(torch.zeros((), dtype=torch.float64))
     model.policy, model.value_model = nn.Module(), nn.Module()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    rest = dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "missing_eos_penalty"))
-    args = types.SimpleNamespace(
-        **{name: ROWS for name in ("local_batch_size", "local_mini_batch_size", "per_device_train_batch_size", "batch_size")},
-        **{name: 1 for name in ("num_ppo_epochs", "num_mini_batches", "gradient_accumulation_steps", "num_total_batches")},
-        **rest,
-        local_rollout_forward_batch_size=ROWS,
-        total_episodes=ROWS,
-        response_length=WIDTH,
-        temperature=1 - 1e-7,  # TRL divides by temperature + 1e-7
-        num_sample_generations=0,
-        ds3_gather_for_generation=False,
-        whiten_rewards=False,
-        kl_coef=KL,
-        kl_estimator=settings["kl_estimator"],
-        gamma=settings["gamma"],
-        lam=settings["gae_lambda"],
-        cliprange=CLIP,
-        cliprange_value=CLIP,
-        vf_coef=1.0,
-    )
     control = types.SimpleNamespace(should_save=False)
     callbacks = {name: lambda *_: control for name in ("on_train_begin", "on_step_end", "on_train_end", "on_save")}
     return types.SimpleNamespace(
-        args=args,
+        args=ppo_arguments(**settings),
         accelerator=Accelerator(cpu=True),
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
@@ -214,6 +194,30 @@ def ppo_loop(settings: dict[str, Any], noted: dict[str, Any]) -> Any:
         stop_token_id=None,
         train_dataset_len=ROWS,
         log=noted.update,
+    )
+
+
+def ppo_arguments(kl_estimator: str, gamma: float, gae_lambda: float) -> Any:
+    """The settings that the loop reads."""
+    rest = dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "missing_eos_penalty"))
+    return types.SimpleNamespace(
+        **{name: ROWS for name in ("local_batch_size", "local_mini_batch_size", "per_device_train_batch_size", "batch_size")},
+        **{name: 1 for name in ("num_ppo_epochs", "num_mini_batches", "gradient_accumulation_steps", "num_total_batches")},
+        **rest,
+        local_rollout_forward_batch_size=ROWS,
+        total_episodes=ROWS,
+        response_length=WIDTH,
+        temperature=1 - 1e-7,  # TRL divides by temperature + 1e-7
+        num_sample_generations=0,
+        ds3_gather_for_generation=False,
+        whiten_rewards=False,
+        kl_coef=KL,
+        kl_estimator=kl_estimator,
+        gamma=gamma,
+        lam=gae_lambda,
+        cliprange=CLIP,
+        cliprange_value=CLIP,
+        vf_coef=1.0,
     )
 
 

@@ -1,7 +1,7 @@
 """Right and wrong samples on held-out prompts, against each other and against an anchor, and what both reward models say."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from tasks.ranking import judge_of, reward_model_of
 from tasks.stage import Stage, StageError
 
 MODELS = ("judge", "bt_reward")
+Rankers = Callable[[Sequence[PreferencePair]], tuple[Tensor, Tensor, Tensor]]
 
 
 class Drawn(NamedTuple):
@@ -86,15 +87,20 @@ def anchored(drawn: Sequence[Drawn]) -> list[Anchored]:
     ]
 
 
-def win_logits(stage: Stage, pairs: Sequence[PreferencePair], compute: Compute) -> tuple[Tensor, Tensor, Tensor]:
-    """[N] logits that the pair's first response wins: the judge's in both orders, and the Bradley-Terry model's."""
-    one, other = order_logits(judge_of(stage, compute), [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs])
-    first, second = encode_pairs(tokenizer_of(stage, "sft"), pairs)
-    scalar = bt_win_logits(reward_model_of(stage, compute), first.to(compute.device), second.to(compute.device), compute)
-    return one, other, scalar
+def rankers_of(stage: Stage, compute: Compute) -> Rankers:
+    """Both reward models: N pairs to [N] logits that the first response wins, the judge's in both orders and the
+    Bradley-Terry model's."""
+    judge, reward_model, tokenizer = judge_of(stage, compute), reward_model_of(stage, compute), tokenizer_of(stage, "sft")
+
+    def win_logits(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor, Tensor]:
+        one, other = order_logits(judge, [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs])
+        first, second = encode_pairs(tokenizer, pairs)
+        return one, other, bt_win_logits(reward_model, first.to(compute.device), second.to(compute.device), compute)
+
+    return win_logits
 
 
-def logits_of(stage: Stage, pairs: Sequence[tuple[str, PreferencePair]], compute: Compute) -> list[Row]:
+def logits_of(stage: Stage, pairs: Sequence[tuple[str, PreferencePair]], rankers: Rankers) -> list[Row]:
     """For each pair the logit that its first response wins under either model, which one is first being a coin flip."""
     rng = random.Random(f"{stage.params.seed}/calibration")
     shown = []
@@ -102,7 +108,7 @@ def logits_of(stage: Stage, pairs: Sequence[tuple[str, PreferencePair]], compute
         right_first = rng.random() < 0.5
         first, second = (pair.chosen, pair.rejected) if right_first else (pair.rejected, pair.chosen)
         shown.append((PreferencePair(pair.prompt, first, second, pair.source), right_first))
-    one, other, scalar = win_logits(stage, [pair for pair, _ in shown], compute)
+    one, other, scalar = rankers([pair for pair, _ in shown])
     columns = zip(ranker_reward(one, other).tolist(), one.tolist(), other.tolist(), scalar.tolist(), strict=True)
     return [
         {
@@ -134,9 +140,9 @@ def summary(rows: Sequence[Row], bins: int) -> dict[str, Any]:
     return found
 
 
-def anchor_summary(stage: Stage, found: Sequence[Anchored], compute: Compute) -> dict[str, Any]:
+def anchor_summary(stage: Stage, found: Sequence[Anchored], rankers: Rankers) -> dict[str, Any]:
     """For either model the expected calibration error, over all prompts, of the probability that a sample beats the anchor."""
-    one, other, scalar = win_logits(stage, [pair for pair, _ in found], compute)
+    one, other, scalar = rankers([pair for pair, _ in found])
     outcomes = torch.tensor([outcome for _, outcome in found], dtype=torch.float64)
     errors = {
         f"{name}_anchor_calibration_error": round(

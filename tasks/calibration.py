@@ -5,7 +5,7 @@ from tasks.stage import Stage, run
 
 def main(stage: Stage) -> None:
     """Write data/reports/calibration/pairs.csv, one row a pair, and metrics.json."""
-    from tasks.calibrating import anchor_summary, anchored, judged_pairs, logits_of, samples_of, summary
+    from tasks.calibrating import anchor_summary, anchored, judged_pairs, logits_of, rankers_of, samples_of, summary
     from tasks.checkpoints import compute_of
     from tasks.kept import keeping
     from tasks.measuring import write_rows
@@ -16,9 +16,10 @@ def main(stage: Stage) -> None:
     drawn = samples_of(stage, compute)
     pairs, beside = judged_pairs(drawn), anchored(drawn)
     stage.say(f"{len(pairs)} pairs of a right and a wrong sample of one prompt, {len(beside)} of a sample and an anchor")
-    rows = logits_of(stage, pairs, compute)
+    rankers = rankers_of(stage, compute)
+    rows = logits_of(stage, pairs, rankers)
     write_rows(stage.reports / "pairs.csv", rows)
-    metrics = summary(rows, stage.config.bins) | anchor_summary(stage, beside, compute)
+    metrics = summary(rows, stage.config.bins) | anchor_summary(stage, beside, rankers)
     stage.metrics(metrics)
     stage.say(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 

@@ -12,9 +12,7 @@ from apprentice.sections import SourceConfig
 from tasks.stage import StageError
 
 Row = dict[str, Any]
-MAX_LINE = (
-    2**22
-)  # bytes of a JSONL line or Parquet row, characters of a CSV line or cell: what is longer is never held in memory
+MAX_LINE = 2**22  # bytes of a JSONL line or Parquet row, characters of a CSV line or cell: no longer one is held in memory
 SHOWN = 1000  # characters of a text that cannot be used
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 

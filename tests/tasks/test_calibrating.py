@@ -16,8 +16,17 @@ from apprentice.policy import decode_responses
 from apprentice.reward_model import new_reward_model
 from apprentice.sampling import Request, sample
 from apprentice.tokens import encode_prompt, encode_response
-from tasks import calibrating
-from tasks.calibrating import Anchored, Drawn, anchor_summary, anchored, judged_pairs, logits_of, samples_of, summary
+from tasks.calibrating import (
+    Anchored,
+    Drawn,
+    anchor_summary,
+    anchored,
+    judged_pairs,
+    logits_of,
+    rankers_of,
+    samples_of,
+    summary,
+)
 from tasks.checkpoints import prompt_keys
 from tasks.stage import Stage, StageError
 from tests.apprentice.toys import tiny_llama
@@ -76,7 +85,7 @@ def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> No
     nn.init.normal_(reward.score.weight, generator=torch.Generator().manual_seed(0))
     write_model(stage.data, "bt_reward", reward)
     pairs = [(f"row {i}", PreferencePair(f"{'p ' * i}q", "x", "y y", "long")) for i in range(12)]
-    rows = logits_of(stage, pairs, CPU)
+    rows = logits_of(stage, pairs, rankers_of(stage, CPU))
     assert [row["id"] for row in rows] == [name for name, _ in pairs]
     assert {row["domain"] for row in rows} == {"long"}
     assert 0 < sum(row["first_is_right"] for row in rows) < 12  # a coin
@@ -104,7 +113,7 @@ def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> No
         assert row["judge_second_order"] == pytest.approx(other, abs=1e-4)
         assert row["judge"] == pytest.approx((one - other) / 2, abs=1e-4)
         assert row["bt_reward"] == pytest.approx(rewarded(pair.prompt, first) - rewarded(pair.prompt, second), abs=1e-4)
-    assert logits_of(stage, pairs, CPU) == rows
+    assert logits_of(stage, pairs, rankers_of(stage, CPU)) == rows
 
 
 def test_every_other_sample_stands_beside_the_first_of_its_prompt() -> None:
@@ -126,14 +135,13 @@ def test_every_other_sample_stands_beside_the_first_of_its_prompt() -> None:
     ]
 
 
-def test_the_calibration_against_anchors_by_hand(stage_of: StageOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_calibration_against_anchors_by_hand(stage_of: StageOf) -> None:
     pair, ln3 = PreferencePair("q", "x", "y", "long"), math.log(3)  # a probability of 3/4
     found = [Anchored(pair, outcome) for outcome in (1.0, 0.5, 0.0, 0.5)]
     # the judge's orders, averaged: 3/4, 3/4, 1/4, 1/4; the other is sure that each response wins
     logits = (torch.tensor([ln3, 2 * ln3, -ln3, 0.0]), torch.tensor([-ln3, 0.0, ln3, 2 * ln3]), torch.full((4,), 30.0))
-    monkeypatch.setattr(calibrating, "win_logits", lambda stage, pairs, compute: logits)
     # two bins: mean probability and outcome 3/4 and 3/4, 1/4 and 1/4; all in the upper one, 1 and 1/2
-    assert anchor_summary(stage_of("calibration", **{"calibration.bins": 2}), found, CPU) == {
+    assert anchor_summary(stage_of("calibration", **{"calibration.bins": 2}), found, lambda pairs: logits) == {
         "anchored": 4.0,
         "judge_anchor_calibration_error": pytest.approx(0.0, abs=1e-6),
         "bt_reward_anchor_calibration_error": pytest.approx(0.5, abs=1e-6),

@@ -5,13 +5,13 @@ when whole.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from apprentice.demonstrations import fsync_folder, fsync_inside
 from apprentice.recorder import Recorder, State
 from tasks.room import writing
 from tasks.stage import Stage
@@ -88,7 +88,7 @@ class StageRecorder(Recorder):
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Write a state atomically: the previous one stays whole until the new one is."""
+    """Write a state atomically: the previous one stays whole until the new one is, and has its name on disk."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Any] = {}
@@ -101,13 +101,12 @@ def save_state(folder: Path, state: State) -> None:
         partial.mkdir()
         save_file(tensors, partial / "tensors.safetensors")
         (partial / "rest.json").write_text(text)
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        fsync_inside(partial)
     if folder.exists():  # else a crash left `old` alone, and it stays until the new state has its name
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
+    fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_a_half_written_state_is_never_read(tmp_path: Path) -> None:
     save_state(tmp_path / "last", {**STATE, "step": 8})
     found = load_state(tmp_path / "last")
     assert found is not None and found["step"] == 8
+
+
+def test_a_snapshot_is_on_disk_before_it_has_its_name_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, forced = tmp_path / "last", []
+    monkeypatch.setattr(os, "fsync", lambda handle: forced.append((os.fstat(handle).st_ino, folder.exists())))
+    save_state(folder, STATE)
+    assert set(forced[:-1]) == {(path.stat().st_ino, False) for path in [folder, *folder.rglob("*")]}
+    assert forced[-1] == (tmp_path.stat().st_ino, True)
 
 
 @pytest.fixture

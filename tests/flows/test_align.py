@@ -218,6 +218,7 @@ def test_without_a_server_a_temporary_one_serves_and_home_stays_untouched(tmp_pa
     done = run(toy, "-m", "flows.align", "--only", "prepare", HOME=str(home), PREFECT_SERVER_API_PORT=str(free_port()))
     assert done.returncode == 0, done.stdout
     assert not (home / ".prefect").exists() and toy.path(".prefect/prefect.db").exists()
+    assert "Beginning flow run" in done.stdout and "View at" not in done.stdout  # that server has no pages
 
 
 @pytest.mark.parametrize(

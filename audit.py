@@ -44,6 +44,7 @@ READ: dict[str, str] = {
     "huey": "MIT",
     "nvidia-*": "NVIDIA's own terms; comes with torch's CUDA build only, README.md shows how to install the other",
     "pygit2": "GPL-2.0 with an exception: what links to it keeps its own licence",
+    "pytest-timeout": "MIT",
     "skops": "MIT",
     "text-unidecode": "either GPL or Artistic",
 }

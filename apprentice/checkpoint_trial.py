@@ -17,7 +17,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from apprentice.foreign_checkpoint import weight_places
 
-SECONDS = {"config": 60, "tokenizer": 60, "chat template": 10}  # of CPU; honest ones need a hundredth
+SECONDS = {"config": 20, "tokenizer": 60, "chat template": 10}  # of CPU; honest ones need a hundredth
 BYTES_PER_SECOND = 50_000_000  # of weights, on a slow disk and CPU
 MEMORY = 4 * 2**30  # beyond what is taken when the trial begins
 CHUNK = 2**22  # elements looked at at once

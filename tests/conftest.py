@@ -98,10 +98,25 @@ def params() -> Callable[..., Params]:
 
 
 @pytest.fixture
-def stage_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: Callable[..., Params]) -> Callable[..., Any]:
-    """Make a stage that reads and writes in a temporary folder: `stage_of("ingest", **{"ingest.same_prompt": "first"})`."""
+def stage_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: Callable[..., Params]) -> Iterator[Callable[..., Any]]:
+    """Make a stage that reads and writes in a temporary folder: `stage_of("ingest", **{"ingest.same_prompt": "first"})`.
+
+    It takes the place of the one before it, whose locks go, as they would with its process.
+    """
     from tasks import stage
 
     monkeypatch.setattr(stage, "ROOT", tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    return lambda name, **changes: stage.Stage(name, params(**changes))
+    made: list[Any] = []
+
+    def end() -> None:
+        for lock in [lock for earlier in made for lock in earlier.held.values()]:
+            lock.close()
+
+    def make(name: str, **changes: Any) -> Any:
+        end()
+        made.append(stage.Stage(name, params(**changes)))
+        return made[-1]
+
+    yield make
+    end()

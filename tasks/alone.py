@@ -36,7 +36,7 @@ def hold(path: Path, say: Callable[[str], None]) -> tuple[IO[str], bool]:
 
 
 def end_with_dvc() -> None:
-    """Send this process SIGTERM once the DVC that started it is gone, however that ended.
+    """Send this process SIGTERM once the DVC that started it is gone, however and however early that ended.
 
     A keeper asks it by itself; asked twice, it would stop at once and not save.
     """
@@ -45,7 +45,7 @@ def end_with_dvc() -> None:
     first = _started_by()
 
     def watch() -> None:
-        while _started_by() == first:
+        while _started_by() == first and _of_this_session(first[1] or first[0]):
             time.sleep(PARENT)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -60,3 +60,11 @@ def _started_by() -> tuple[int, int | None]:
         return parent, above.ppid() if above.name() == shell else None
     except psutil.Error:
         return parent, None
+
+
+def _of_this_session(process: int) -> bool:
+    """Whether DVC can be this process: it shares its session with its commands, whoever adopts an orphan does not."""
+    try:
+        return os.getsid(process) == os.getsid(0)
+    except OSError:
+        return False

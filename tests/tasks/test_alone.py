@@ -89,3 +89,12 @@ def test_a_stage_whose_dvc_is_killed_saves_and_ends(toy: Project, shell: str) ->
     toy.path("go").touch()
     assert toy_again.wait(120) == 0, log.read_text()
     assert run(toy, "-m", "dvc", "status", "prepare").stdout.strip().endswith("up to date.")
+
+
+@pytest.mark.slow
+def test_a_stage_whose_dvc_was_gone_before_it_looked_saves_and_ends(toy: Project) -> None:
+    """Whoever stands for DVC ends at once, the stage has yet to import what it needs."""
+    dvc = "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'tasks.sft'])"
+    assert begin(toy, "-c", dvc, DVC_STAGE="prepare").wait(60) == 0
+    wait_for(lambda: toy.path("saved").exists(), log=toy.path("output.txt"))
+    wait_for(lambda: not runs(begun(toy)[0]))

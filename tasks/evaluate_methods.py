@@ -5,7 +5,7 @@ from tasks.stage import Stage, run
 
 def main(stage: Stage) -> None:
     """Write prompts.csv, samples.jsonl and metrics.json under data/reports/evaluate_methods/<model>/."""
-    from tasks.measuring import evaluate_stage
+    from tasks.evaluating import evaluate_stage
 
     evaluate_stage(stage)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
-from apprentice.demonstrations import OUT_OF_DOMAIN, Demonstration, atomic_write, prompt_text, write_jsonl
+from apprentice.demonstrations import OUT_OF_DOMAIN, Demonstration, atomic_write, prompt_text
 from apprentice.evaluation import (
     Questions,
     best_temperature,
@@ -23,15 +23,11 @@ from apprentice.evaluation import (
 from apprentice.policy import decode_responses
 from apprentice.sampling import Rollout
 from apprentice.sections import EvaluateConfig
-from apprentice.tilt import FILE as TILT
-from apprentice.tilt import Tilt, load_tilt, read_tilt
+from apprentice.tilt import Tilt
 from apprentice.tokens import encode_prompts
 from apprentice.verifiers import verify
 from tasks.candidates import tell_where_cut_off
-from tasks.checkpoints import batch_of, compute_of, model_folder, prompt_keys, scorers_of, table, tokenizer_of
-from tasks.kept import keeping
-from tasks.needs import measured_beside
-from tasks.room import preflight
+from tasks.checkpoints import batch_of, prompt_keys
 from tasks.stage import Stage
 
 Row = dict[str, Any]
@@ -57,38 +53,6 @@ class Measured:
         """The prompts of rows in this model's form."""
         ids = encode_prompts(self.tokenizer, [row.prompt for row in rows])
         return Questions(ids, prompt_keys(rows), self.tokenizer.eos_token_id)
-
-
-def measured(stage: Stage, name: str, compute: Compute) -> Measured:
-    """A model of the pipeline, frozen, as it is measured."""
-    folder = model_folder(stage, name)
-    if (folder / TILT).exists():
-        return Measured(load_tilt(folder, compute), tokenizer_of(stage, read_tilt(folder)["target"]))
-    return Measured(scorers_of(stage, [name], compute)[name], tokenizer_of(stage, name))
-
-
-def _parts(stage: Stage, name: str) -> list[str]:
-    """The models that are loaded to measure one."""
-    folder = model_folder(stage, name)
-    return [read_tilt(folder)[part] for part in ("target", "baseline")] if (folder / TILT).exists() else [name]
-
-
-def evaluate_stage(stage: Stage) -> None:
-    """Measure `stage.item` on the held-out sets; write prompts.csv, samples.jsonl and metrics.json."""
-    compute = keeping(stage, compute_of(stage))
-    assert stage.item is not None
-    preflight(stage, compute, *measured_beside(_parts(stage, stage.item)))
-    found = {name: measured(stage, name, compute) for name in dict.fromkeys((stage.item, "sft", "base"))}
-    models = {"model": found[stage.item], "sft": found["sft"], "base": found["base"]}
-    evaluation, validation = table(stage, "evaluation"), table(stage, "validation")
-    stage.say(f"{len(evaluation)} held-out prompts, greedy and {stage.params.evaluate.samples} samples each")
-    rows, samples, temperature = measure(models, evaluation, validation, stage, compute)
-    rows += held_out_rows(models["model"], validation, compute)
-    write_rows(stage.reports / "prompts.csv", rows)
-    write_jsonl(stage.reports / "samples.jsonl", samples)
-    means = {**headline(rows), "temperature": temperature}
-    stage.metrics(means)
-    stage.say(", ".join(f"{name} {value:.3f}" for name, value in means.items()))
 
 
 def measure(

@@ -10,16 +10,16 @@ def main(stage: Stage) -> None:
     from apprentice.rewards import sequence_rewards
     from apprentice.sampling import sample
     from tasks.candidates import by_prompt, check_rewards, tell_where_cut_off
-    from tasks.checkpoints import compute_of, scorers_of, table, tokenizer_of
+    from tasks.checkpoints import compute_of, table, tokenizer_of
     from tasks.kept import keeping
     from tasks.needs import paired
     from tasks.pairing import choose_pairs, pick_prompts, requests_of, summary
-    from tasks.room import preflight
+    from tasks.roles import frozen_roles, preflight
 
     compute, config = keeping(stage, compute_of(stage)), stage.config
     tokenizer, needs = tokenizer_of(stage, "sft"), paired(config)
     preflight(stage, compute, *needs)
-    models = scorers_of(stage, needs.frozen, compute)
+    models = frozen_roles(stage, needs.frozen, compute)
     rows = pick_prompts(table(stage, "prompts"), config.prompts, stage.params.seed)
     stage.say(f"sampling {config.candidates} candidates for each of {len(rows)} prompts")
     rollout = sample(

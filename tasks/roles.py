@@ -1,4 +1,4 @@
-"""The models of a training stage: one to train and frozen ones; with LoRA on, adapters on as few trunks as they stand on."""
+"""The models of a stage: one to train and frozen ones; with LoRA on, adapters on as few trunks as they stand on."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -26,10 +26,18 @@ def roles_of(stage: Stage, init: str, names: Sequence[str], compute: Compute) ->
     """
     if not stage.params.lora.rank:
         return policy_of(stage, init, compute), scorers_of(stage, names, compute)
-    trunks: dict[str, Trunk] = {}
-    found = {name: _role(stage, name, trunks, compute, load_policy) for name in dict.fromkeys([init, *names])}
-    stage.say(f"LoRA of rank {stage.params.lora.rank} on {', '.join(trunks)}")
+    found = frozen_roles(stage, [init, *names], compute)
     return copy.deepcopy(found[init]), {name: found[name] for name in names}
+
+
+def frozen_roles(stage: Stage, names: Sequence[str], compute: Compute) -> dict[str, Any]:
+    """The same without one to train."""
+    if not stage.params.lora.rank:
+        return scorers_of(stage, names, compute)
+    trunks: dict[str, Trunk] = {}
+    found = {name: _role(stage, name, trunks, compute, load_policy) for name in dict.fromkeys(names)}
+    stage.say(f"LoRA of rank {stage.params.lora.rank} on {', '.join(trunks)}")
+    return found
 
 
 def preflight(

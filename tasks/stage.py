@@ -154,10 +154,7 @@ class Stage:
         self._began, self._first_step = time.monotonic(), None
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """Write `metrics.json`, the figures DVC and MLflow show for this stage.
-
-        Raises StageError for one that is not finite.
-        """
+        """Write `metrics.json`, the figures DVC and MLflow show; raises StageError for one that is not finite."""
         for name, value in values.items():
             if not all_finite({name: value}):
                 raise StageError(
@@ -214,12 +211,16 @@ class Stage:
         self._at_end.append(act)
 
     def finish(self) -> None:
-        """Do what was asked for the end."""
+        """Do what was asked for the end, note it, then leave unfinished work: killed in between, it goes on from there."""
+        from tasks.unfinished import leave
+
         for act in reversed(self._at_end):
             act()
         unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, KiB elsewhere
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
         self.telemetry(event="finished", seconds=round(time.monotonic() - self._made, 1), peak_memory_mib=peak)
+        for folder in list(self.held):
+            leave(self, folder)
 
 
 def run(

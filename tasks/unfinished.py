@@ -31,7 +31,6 @@ def take(stage: Stage) -> Path:
         stage.held[folder] = _hold(folder, stage.say)
         for other in filter(_needless, _beside(folder)):
             drop(other)
-        stage.at_end(lambda: leave(stage, folder))
     return folder
 
 

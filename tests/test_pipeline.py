@@ -168,6 +168,12 @@ def test_a_stage_that_trains_from_a_checkpoint_depends_on_lora_and_on_the_trunk(
     assert not trains or "data/models/base" in stage["deps"] or "data/models/foreign_base" in outputs(stage)
 
 
+def test_both_evaluations_depend_on_all_that_is_set_of_one_but_whose_it_is() -> None:
+    wanted = {f"evaluate.{entry}" for entry in raw_params()["evaluate"] if entry != "models"}
+    for name in ("evaluate", "evaluate_methods"):
+        assert {entry for entry in stages()[name]["params"] if entry.startswith("evaluate")} == wanted, name
+
+
 @EVERY
 def test_params_that_a_stage_names_exist(name: str) -> None:
     for entry in stages()[name]["params"]:

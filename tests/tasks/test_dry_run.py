@@ -90,7 +90,7 @@ def test_every_shipped_preset_is_dry_run_without_a_network(
     assert preset.main() == 0
     said = capsys.readouterr().out
     stages = re.findall(
-        r"^(\S+) +[\d.]+ (?:[KMG]iB|bytes) +[\d.]+ (?:[KMG]iB|bytes)  [\d.e+]+ FLOP, \d+:\d\d:\d\d$", said, re.M
+        r"^(\S+) +[\d.]+ (?:[KMG]iB|bytes) +[\d.]+ (?:[KMG]iB|bytes)  [\d.e+]+ FLOP, (?:\d+ days?, )?\d+:\d\d:\d\d$", said, re.M
     )
     models = in_force(name).evaluate.models
     assert stages == ["pretrain", "sft", "sft_tuned", "srppo", "pairs", "rso", *(f"evaluate@{model}" for model in models)]
@@ -100,6 +100,10 @@ def test_every_shipped_preset_is_dry_run_without_a_network(
     if name == "qwen05b_gsm8k":
         assert "Qwen/Qwen2.5-0.5B-Instruct, 494,032,768 parameters" in said, "the published count"
         assert "to download: about 942.3 MiB of weights" in said
+    if name == "qwen7b_lora":
+        assert "Qwen/Qwen2.5-7B-Instruct, 7,615,616,512 parameters" in said, "the published count"
+        memory = re.search(r"in all: ([\d.]+) GiB of memory", said)
+        assert memory and float(memory[1]) < 74, "of a card of 80 GB"
 
 
 def test_its_figures_are_those_of_the_stages(params: Callable[..., Params]) -> None:
@@ -126,7 +130,8 @@ def test_with_adapters_one_trunk_is_counted(params: Callable[..., Params]) -> No
     whole, adapter, compute = shape_of(config), adapter_shape(config, found.lora), resolve(found.compute)
     lines = dict(re.findall(r"^([\w@]+) +([\d.]+ \w+) ", dry_run(found, facts, 1e12), re.M))
     assert lines["srppo"] == f"{footprint([adapter] * 2, [whole, adapter], compute, True).memory / 2**20:.1f} MiB"
-    assert lines["evaluate@rso"] == f"{footprint([], [whole] * 3, compute, True).memory / 2**20:.1f} MiB", "merged copies"
+    assert lines["evaluate@rso"] == f"{footprint([], [whole, adapter, adapter], compute, True).memory / 2**20:.1f} MiB"
+    assert lines["pairs"] == f"{footprint([], [whole, adapter], compute, True).memory / 2**20:.1f} MiB"
 
 
 @pytest.mark.parametrize("missing", ["rows", "prompt_tokens", "response_tokens", "config"])

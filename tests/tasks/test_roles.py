@@ -13,8 +13,10 @@ from apprentice.compute import CPU
 from apprentice.footprint import shape_of
 from apprentice.lora import ADAPTER, Role, adapter_shape, read_origin
 from apprentice.policy import PINNED, file_hashes
-from tasks import roles
+from apprentice.tilt import Tilt, write_tilt
+from tasks import evaluating, roles
 from tasks.checkpoints import lineage
+from tasks.evaluating import measured
 from tasks.roles import preflight, roles_of, trunk_of
 from tasks.stage import Stage, StageError
 from tests.apprentice.test_lora import CONFIG, logits, stirred
@@ -80,6 +82,22 @@ def test_models_of_one_trunk_are_roles_on_it(stage: Stage, capsys: pytest.Captur
         merged = AutoModelForCausalLM.from_pretrained(stage.data / "models" / name).eval()
         torch.testing.assert_close(logits(role), logits(merged), atol=1e-5, rtol=0)
     assert "LoRA of rank 4 on base\n" in capsys.readouterr().out
+
+
+def test_an_evaluation_has_its_models_on_one_trunk_and_a_tilt_whole(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = stage.data / "models"
+    write_tilt(models / "tilt", models / "sft", models / "base", 1.0, {})
+    found = measured(stage, ["tilt", "sft", "base"], CPU)
+    assert list(found) == ["tilt", "sft", "base"] and isinstance(found["tilt"].model, Tilt)
+    assert found["sft"].model.trunk is found["base"].model.trunk
+    merged = AutoModelForCausalLM.from_pretrained(models / "sft").eval()
+    torch.testing.assert_close(logits(found["sft"].model), logits(merged), atol=1e-5, rtol=0)
+    asked: list[Any] = []
+    monkeypatch.setattr(roles.room, "check_shapes", lambda *shapes: asked.append(shapes[2:]))
+    for name in ("sft", "tilt"):
+        evaluating._preflight(stage, name, CPU)
+    shape, adapter = shape_of(tiny_llama(0, vocab=12).config), adapter_shape(tiny_llama(0, vocab=12).config, CONFIG)
+    assert asked == [([], [shape, adapter], True), ([], [shape, adapter, shape, shape], True)]
 
 
 def test_a_model_that_is_no_adapter_is_a_trunk_of_its_own(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,10 +177,10 @@ def test_the_main_line_runs_with_adapters_and_goes_on_from_a_snapshot_with_the_s
     assert bytes_under(models / "srppo") == undisturbed and f"{ADAPTER}/trunk.json" in undisturbed
     for name in ("pairs", "rso", "bt_reward"):
         run_here(stage_of(name, **settings))
-    measured = stage_of("evaluate", **settings)
-    measured.item, measured.reports = "rso", measured.data / "reports" / "evaluate" / "rso"
-    run_here(measured)
-    figures = json.loads((measured.reports / "metrics.json").read_text())
+    evaluation = stage_of("evaluate", **settings)
+    evaluation.item, evaluation.reports = "rso", evaluation.data / "reports" / "evaluate" / "rso"
+    run_here(evaluation)
+    figures = json.loads((evaluation.reports / "metrics.json").read_text())
     assert figures["in_domain/kl_to_sft"] != 0 and figures["validation/held_out_loss"] > 0
     base = AutoModelForCausalLM.from_pretrained(models / "base").state_dict()
     for name in ("sft", "srppo", "rso"):

@@ -184,12 +184,15 @@ def test_finished_work_stays_until_dvc_has_recorded_it(stage: Stage, monkeypatch
     assert not folder.exists()
 
 
-def test_by_hand_nobody_commits_and_finished_work_goes_at_once(stage: Stage) -> None:
+def test_by_hand_nobody_commits_and_finished_work_goes_at_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.by_hand = True
     folder = take(stage)
     KeptPieces(stage)(lambda: "piece")
+    there: dict[str, bool] = {}
+    monkeypatch.setattr(stage, "telemetry", lambda **told: there.update({told["event"]: (folder / "pieces" / "0").exists()}))
     stage.finish()
     assert list(folder.parent.iterdir()) == []
+    assert there["finished"], "killed right before the note, it could go on from nothing"
 
 
 def test_a_torn_model_of_its_own_goes_when_the_stage_starts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
 from apprentice.sections import ComputeConfig
+from apprentice.team import ALONE, Team
 
 Piece = TypeVar("Piece")
 
@@ -24,7 +27,7 @@ class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
     cache while sampling; attention and gradient checkpointing as in params. `keep` makes each piece of sampling and scoring,
     or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same order
-    again, so never while a model is trained."""
+    again, so never while a model is trained. `team`: the processes that share each batch and all pieces."""
 
     device: torch.device
     dtype: torch.dtype
@@ -33,12 +36,32 @@ class Compute:
     keep: Callable[[Callable[[], Piece]], Piece] = keep_nothing
     attention: str = "auto"
     gradient_checkpointing: bool = False
+    team: Team = ALONE
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision where `dtype` asks for it: weights stay float32, matrix products are cast."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def pieces(self, makes: Sequence[Callable[[], list[Tensor]]]) -> Iterator[list[Tensor]]:
+        """The pieces in their order: kept ones, and of the rest each process of the team makes its share and has them all, on the
+        CPU where there are several."""
+        for start in range(0, len(makes), self.team.size):
+            part = makes[start : start + self.team.size]
+            if self.team.size == 1:
+                yield self.keep(part[0])
+            else:
+                made = cache(partial(self._together, part))
+                yield from (self.keep(partial(_place, made, number)) for number in range(len(part)))
+
+    def _together(self, makes: Sequence[Callable[[], list[Tensor]]]) -> list[list[Tensor]]:
+        """A piece of each process that has one to make."""
+        return self.team.share([tensor for make in self.team.mine(makes) for tensor in make()])
+
+    def my_micro_batches(self, lengths: Sequence[int]) -> Sequence[list[int]]:
+        """Those of a training step that this process computes."""
+        return self.team.mine(list(self.micro_batches(lengths)))
 
     def micro_batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
         """Split row numbers into groups of similar length, each within `budget` tokens once padded (None: `forward_tokens`);
@@ -53,6 +76,10 @@ class Compute:
             group.append(row)
         if group:
             yield group
+
+
+def _place(made: Callable[[], list[Piece]], number: int) -> Piece:
+    return made()[number]
 
 
 def set_up(config: ComputeConfig) -> Compute:

@@ -80,13 +80,13 @@ def optimise_contrast(
     def step(rows: list[int]) -> Figures:
         return contrast_step(policy, groups, rows, config.beta, compute)
 
-    return train_epochs(policy, len(groups.rewards), step, config, seed=seed, recorder=recorder).means
+    return train_epochs(policy, len(groups.rewards), step, config, seed=seed, recorder=recorder, team=compute.team).means
 
 
 def contrast_step(policy: PreTrainedModel, groups: Groups, rows: list[int], beta: float, compute: Compute) -> Figures:
     """Gather the gradient of the mean loss over the groups in `rows`, micro-batch by micro-batch; returns its metrics."""
     lengths, totals = groups.lengths(), Figures()
-    for part in compute.micro_batches([lengths[row] for row in rows]):
+    for part in compute.my_micro_batches([lengths[row] for row in rows]):
         chosen = [rows[i] for i in part]
         batch = groups.batch.rows(groups.rows(chosen))
         logps = masked_sum(response_scores(policy, batch, compute).logps, batch.mask)
@@ -95,4 +95,4 @@ def contrast_step(policy: PreTrainedModel, groups: Groups, rows: list[int], beta
         loss.backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    return totals
+    return compute.team.add(totals)

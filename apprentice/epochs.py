@@ -12,6 +12,7 @@ from apprentice.optimise import Optimiser, linear_decay
 from apprentice.policy import weights
 from apprentice.recorder import Recorder, Row, State
 from apprentice.sections import EpochsConfig
+from apprentice.team import ALONE, Team
 
 Figures = dict[str, float]
 
@@ -45,8 +46,10 @@ def train_epochs(
     seed: str,
     recorder: Recorder,
     after: EpochEnd | None = None,
+    team: Team = ALONE,
 ) -> Trained:
-    """Train `model` in place on `size` rows; `step` gathers the gradient of a batch of row numbers and returns its figures.
+    """Train `model` in place on `size` rows; `step` gathers the gradient of a batch of row numbers and returns its figures: of
+    a team each process gathers a share, and the figures are the sums.
 
     Rows of the recorder: what `after` measures (at an epoch's end), the step's figures, grad_norm, learning_rate, epoch.
     Raises ValueError for no rows; NumbersError at a figure or gradient that is not finite, by the recorder's rule, and at a
@@ -57,7 +60,7 @@ def train_epochs(
     batches = -(-size // config.batch_size)
     total = config.epochs * batches
     schedule = linear_decay(total, config.warmup_share)
-    optimiser = Optimiser(model.parameters(), config.learning_rate, config.max_grad_norm, schedule, config.weight_decay)
+    optimiser = Optimiser(model.parameters(), config.learning_rate, config.max_grad_norm, schedule, config.weight_decay, team)
     start, kept = 0, config.epochs
     tail, measured, best = list[Figures](), list[Figures](), dict[str, Any]()
     if saved := recorder.resume():

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apprentice.team import ALONE, Team
+
 Schedule = Callable[[int], float]
 
 
@@ -41,16 +43,18 @@ class Optimiser:
         max_grad_norm: float,
         schedule: Schedule = constant,
         weight_decay: float = 0.0,
+        team: Team = ALONE,
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.learning_rate, self.max_grad_norm, self.schedule = learning_rate, max_grad_norm, schedule
+        self.learning_rate, self.max_grad_norm, self.schedule, self.team = learning_rate, max_grad_norm, schedule, team
         self.adamw = torch.optim.AdamW(
             self.parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
         )
         self.steps = 0
 
     def clip(self) -> float:
-        """Clip the gradients gathered so far; returns their norm before: not finite when one of them is not."""
+        """Add up the team's gradients and clip them; returns their norm before: not finite when one of them is not."""
+        self.team.add_gradients(self.parameters)
         return float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
 
     @property

@@ -129,8 +129,8 @@ def response_scores(
         return ResponseScores(logps, token_entropy(logits.detach()).gather(1, columns) * mask)
 
 
-def _logps(model: PreTrainedModel, batch: Batch, compute: Compute, temperature: float) -> Tensor:
-    return response_scores(model, batch, compute, temperature).logps
+def _logps(model: PreTrainedModel, batch: Batch, rows: list[int], compute: Compute, temperature: float) -> list[Tensor]:
+    return [response_scores(model, batch.rows(rows), compute, temperature).logps]
 
 
 @torch.no_grad()
@@ -139,8 +139,9 @@ def score(model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperat
     rows, places = batch.distinct()
     lengths, device = batch.lengths(), batch.ids.device
     logps = torch.zeros(len(rows), batch.mask.size(1), device=device)
-    for group in compute.micro_batches([lengths[row] for row in rows]):
-        part = compute.keep(partial(_logps, model, batch.rows([rows[i] for i in group]), compute, temperature))
+    groups = list(compute.micro_batches([lengths[row] for row in rows]))
+    makes = [partial(_logps, model, batch, [rows[i] for i in group], compute, temperature) for group in groups]
+    for group, (part,) in zip(groups, compute.pieces(makes), strict=True):
         logps[group, : part.size(1)] = part.to(device)
     return logps[torch.tensor(places, device=device)]
 
@@ -172,10 +173,15 @@ class Critic(nn.Module):
 def values_of(critic: Critic, batch: Batch, compute: Compute = CPU) -> Tensor:
     """[B, T] values in micro-batches of similar length."""
     values = torch.zeros(batch.mask.shape, device=batch.ids.device)
-    for rows in compute.micro_batches(batch.lengths()):
-        part = critic(batch.rows(rows), compute)
-        values[rows, : part.size(1)] = part
+    groups = list(compute.micro_batches(batch.lengths()))
+    makes = [partial(_values, critic, batch, rows, compute) for rows in groups]
+    for rows, (part,) in zip(groups, compute.pieces(makes), strict=True):
+        values[rows, : part.size(1)] = part.to(values.device)
     return values
+
+
+def _values(critic: Critic, batch: Batch, rows: list[int], compute: Compute) -> list[Tensor]:
+    return [critic(batch.rows(rows), compute)]
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]]) -> list[str]:

@@ -102,8 +102,10 @@ class PPO:
         self.policy, self.scorers, self.prompts, self.reward, self.config = policy, scorers, prompts, reward, config
         self.seed, self.compute = seed, compute
         self.critic = Critic(scorers[config.critic_init])
-        self.policy_optimiser = Optimiser(policy.parameters(), config.learning_rate, config.max_grad_norm)
-        self.critic_optimiser = Optimiser(self.critic.parameters(), config.critic_learning_rate, config.max_grad_norm)
+        self.policy_optimiser = Optimiser(policy.parameters(), config.learning_rate, config.max_grad_norm, team=compute.team)
+        self.critic_optimiser = Optimiser(
+            self.critic.parameters(), config.critic_learning_rate, config.max_grad_norm, team=compute.team
+        )
         self.value_scale: float | None = None
         self.iteration, self.kl_to_anchor = 0, 0.0
 
@@ -206,7 +208,7 @@ class PPO:
         """Gather the gradients of a minibatch on policy and critic, micro-batch by micro-batch; returns its metrics."""
         config, metrics = self.config, dict[str, float]()
         count = float(experience.mask[rows].sum())
-        for micro in self._micro_batches(experience.batch, rows):
+        for micro in self.compute.team.mine(self._micro_batches(experience.batch, rows)):
             batch = experience.batch.rows(micro)
             mask = batch.mask
             old_logps, old_values, advantages, returns = (
@@ -222,7 +224,7 @@ class PPO:
             assert scores.entropy is not None
             for name, value in {**policy, **critic, "entropy": masked_mean(scores.entropy, mask, count)}.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
-        return metrics
+        return self.compute.team.add(metrics)
 
     def _minibatches(self, size: int, epoch: int) -> list[list[int]]:
         """A fresh permutation of the rollout's rows each epoch, cut into minibatches."""

@@ -50,7 +50,7 @@ def optimise_preferences(
     def step(rows: list[int]) -> Figures:
         return preference_step(policy, pairs, rows, config, compute)
 
-    trained = train_epochs(policy, len(pairs.chosen.ids), step, config, seed=seed, recorder=recorder)
+    trained = train_epochs(policy, len(pairs.chosen.ids), step, config, seed=seed, recorder=recorder, team=compute.team)
     return {name: trained.means[name] for name in ("loss", "accuracy", "margin")}
 
 
@@ -60,7 +60,7 @@ def preference_step(
     """Gather the gradient of the mean loss over the pairs in `rows`, micro-batch by micro-batch; returns its metrics."""
     chosen, rejected = pairs.chosen.lengths(), pairs.rejected.lengths()
     totals: dict[str, float] = {}
-    for group in compute.micro_batches([chosen[row] + rejected[row] for row in rows]):
+    for group in compute.my_micro_batches([chosen[row] + rejected[row] for row in rows]):
         index = torch.tensor([rows[i] for i in group])
         loss, metrics = preference_loss(
             _summed_logps(policy, pairs.chosen.rows(index), compute),
@@ -74,7 +74,7 @@ def preference_step(
         loss.backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    return totals
+    return compute.team.add(totals)
 
 
 def _summed_logps(policy: PreTrainedModel, batch: Batch, compute: Compute) -> Tensor:

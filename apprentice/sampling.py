@@ -100,9 +100,12 @@ def sample(
     responses: list[list[int]] = [[]] * len(requests)
     logps: list[Tensor] = [torch.empty(0)] * len(requests)
     widths = [len(request.prompt) + max_new_tokens for request in requests]
-    for rows in compute.micro_batches(widths, compute.cache_tokens):
-        chunk = [requests[row] for row in rows]
-        tokens, scores, lengths = compute.keep(partial(_decode, model, chunk, seed, end, max_new_tokens, temperature, compute))
+    chunks = list(compute.micro_batches(widths, compute.cache_tokens))
+    makes = [
+        partial(_decode, model, [requests[row] for row in rows], seed, end, max_new_tokens, temperature, compute)
+        for rows in chunks
+    ]
+    for rows, (tokens, scores, lengths) in zip(chunks, compute.pieces(makes), strict=True):
         for row, ids, values, n in zip(rows, tokens.tolist(), scores, lengths.tolist(), strict=True):
             responses[row], logps[row] = ids[:n], values[:n].clone()
     batch = collate([request.prompt for request in requests], responses, end)

@@ -65,7 +65,7 @@ def fine_tune(
 
     names = ("held_out_loss", "gate") if held_out.gate else ("held_out_loss",)
     after = EpochEnd(names, measure, _RULES[config.select])
-    trained = train_epochs(model, len(train.ids), step, config, seed=seed, recorder=recorder, after=after)
+    trained = train_epochs(model, len(train.ids), step, config, seed=seed, recorder=recorder, after=after, team=compute.team)
     losses = [row["held_out_loss"] for row in trained.measured]
     return {"held_out_loss": losses[trained.kept - 1], "epoch": trained.kept, "held_out_loss_by_epoch": losses}
 
@@ -91,13 +91,13 @@ def train_step(model: PreTrainedModel, batch: Batch, compute: Compute, weights: 
     """Gather the gradient of the token-weighted loss over the batch, micro-batch by micro-batch; returns the loss."""
     weights = batch.mask if weights is None else weights[:, : batch.mask.size(1)] * batch.mask
     count, total = float(weights.sum()), 0.0
-    for rows in compute.micro_batches(batch.lengths()):
+    for rows in compute.my_micro_batches(batch.lengths()):
         part = batch.rows(rows)
         logps = response_scores(model, part, compute).logps
         loss, metrics = weighted_next_token_loss(logps, part.mask, weights[rows, : logps.size(1)], count)
         loss.backward()
         total += float(metrics["loss"])
-    return total
+    return compute.team.add({"loss": total})["loss"]
 
 
 def held_out_loss(model: PreTrainedModel, batch: Batch, compute: Compute) -> float:

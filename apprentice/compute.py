@@ -45,8 +45,8 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def pieces(self, makes: Sequence[Callable[[], list[Tensor]]]) -> Iterator[list[Tensor]]:
-        """The pieces in their order: kept ones, and of the rest each process of the team makes its share and has them all, on the
-        CPU where there are several."""
+        """The pieces in their order: kept ones, and of the rest each process of the team makes its share and has them all, then
+        on the CPU."""
         for start in range(0, len(makes), self.team.size):
             part = makes[start : start + self.team.size]
             if self.team.size == 1:

@@ -13,6 +13,7 @@ class ComputeConfig:
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
+    processes: Count
     forward_tokens: Count | None
     cache_tokens: Count
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]

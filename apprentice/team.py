@@ -6,7 +6,9 @@ process with the same global batch, up to the order in which gradients are added
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -40,7 +42,8 @@ class Team:
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
             joined = torch.cat([grad.reshape(-1) for grad in bucket])
-            dist.all_reduce(joined)
+            with _heard():
+                dist.all_reduce(joined)
             for grad, part in zip(bucket, joined.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
 
@@ -62,11 +65,13 @@ class Team:
     def _exchange(self, own: bytes) -> list[bytes]:
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=device))
+        with _heard():
+            dist.all_gather(sizes, torch.tensor([len(own)], device=device))
         room = int(max(sizes))
         padded = torch.frombuffer(bytearray(own.ljust(room, b"\0")), dtype=torch.uint8).to(device)
         found = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in range(self.size)]
-        dist.all_gather(found, padded)
+        with _heard():
+            dist.all_gather(found, padded)
         return [bytes(part[: int(size)].cpu().numpy()) for part, size in zip(found, sizes, strict=True)]
 
 
@@ -84,6 +89,20 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 ALONE = Team()
+
+
+class TeamError(RuntimeError):
+    """Another process of the team is gone."""
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Say that another process is gone, some seconds after it was noticed: who started that one may know why."""
+    try:
+        yield
+    except RuntimeError as error:
+        time.sleep(5.0)
+        raise TeamError(f"another process of the team is gone: {' '.join(str(error).split())[:200]}") from error
 
 
 def join(rank: int, size: int, meeting: str, device: torch.device, seconds: float) -> Team:

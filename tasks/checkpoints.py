@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from apprentice.config import ParamsError
 from apprentice.demonstrations import Demonstration, digest, partial_of, prompt_id, read_demonstrations
 from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
+from tasks.helpers import team_of
 from tasks.room import writing
 from tasks.stage import Stage, StageError
 
@@ -26,7 +27,7 @@ def compute_of(stage: Stage) -> Compute:
     except ValueError as error:
         raise ParamsError(str(error)) from error
     stage.telemetry(event="device", device=str(compute.device), dtype=str(compute.dtype))
-    return compute
+    return replace(compute, team=team_of(stage, compute.device))
 
 
 def model_folder(stage: Stage, name: str) -> Path:
@@ -95,6 +96,8 @@ def save_model(
             f"{stage.name}: {len(broken)} tensors of {name} hold NaN or infinite numbers after the last step, first "
             f"{broken[0]}; the last snapshot stays under .resume/. Lower the learning rate (section `{stage.name}`)"
         )
+    if stage.helper:
+        return
     folder = model_folder(stage, name)
     settings = {**asdict(stage.config), **getattr(model, "settings", {})}
     with writing(partial_of(folder), model.get_memory_footprint(), "the last snapshot stays"):

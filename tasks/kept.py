@@ -52,6 +52,8 @@ class KeptPieces:
             self._save()
 
     def _save(self) -> None:
+        if self.stage.helper:
+            return
         prune(self.stage)
         save_state(self.folder / str(self.saved), {"pieces": self.made})
         self.saved, self.made, self._saved_at = self.saved + 1, [], time.monotonic()

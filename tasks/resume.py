@@ -81,6 +81,8 @@ class StageRecorder(Recorder):
         self.stage.warn(message)
 
     def _save(self, state: Callable[[], State]) -> None:
+        if self.stage.helper:
+            return
         prune(self.stage)
         counts = [self.taken, self.skipped, self.skipped_in_a_row]
         save_state(self.snapshot, {**state(), "rows": self.rows, "counts": counts})

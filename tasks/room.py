@@ -56,17 +56,19 @@ def check_shapes(
     from apprentice.footprint import footprint
 
     needs = footprint(trained, frozen, compute, samples, written)
+    copies = compute.team.size if compute.device.type == "cpu" else 1
+    needed, certain = copies * needs.memory, copies * needs.certain
     free_memory, memory = memory_of(compute)
     project = stage.data.parent
     free_disk = shutil.disk_usage(project).free
     stage.say(
-        f"needs about {size(needs.memory)} more memory ({size(free_memory)} free) and {size(needs.disk)} of disk "
+        f"needs about {size(needed)} more memory ({size(free_memory)} free) and {size(needs.disk)} of disk "
         f"({size(free_disk)} free)"
     )
     held = "weights, gradients and optimizer" if trained else "the weights of its models"
-    if needs.certain > memory:
+    if certain > memory:
         raise StageError(
-            f"{stage.name}: {held} take {size(needs.certain)}, and {compute.device} has "
+            f"{stage.name}: {held} take {size(certain)}, and {compute.device} has "
             f"{size(memory)} of memory in all; take a smaller checkpoint, adapters (lora.rank) or a larger machine"
         )
     if needs.disk > free_disk:
@@ -74,7 +76,7 @@ def check_shapes(
             f"{stage.name}: what it writes, its copy in DVC's cache and two snapshots take {size(needs.disk)} of disk, and "
             f"{size(free_disk)} are free at {project}; free some (`dvc gc --workspace` drops what no stage uses any more)"
         )
-    if needs.memory > free_memory:
+    if needed > free_memory:
         stage.warn("that is more memory than is free: lower compute.forward_tokens or compute.cache_tokens if it gives out")
 
 

@@ -23,7 +23,9 @@ from tasks.alone import end_with_dvc, hold
 from tasks.faults import in_a_line
 from tasks.history import History
 
-ROOT = Path(__file__).resolve().parents[1]
+HELPER = "APPRENTICE_HELPER"  # what a helper of a stage was told (tasks/helpers.py)
+_HELPER: dict[str, Any] | None = json.loads(os.environ.get(HELPER, "null"))
+ROOT = Path(_HELPER["root"]) if _HELPER else Path(__file__).resolve().parents[1]
 MAIN_LINE, METHODS = "dvc.yaml", "methods/dvc.yaml"  # the two pipeline files
 SETTINGS = {"report_methods": "report", "register_methods": "register"}  # these go by the section of another stage
 # Before torch loads OpenMP: threads that wait by spinning cost a factor of ten on a core that something else uses too.
@@ -97,6 +99,7 @@ class Stage:
         self.skipped_steps = 0  # of training, since a number of theirs was not finite
         self.stoppable = False  # while steps are being taken, each of which can be saved
         self.by_hand = "DVC_STAGE" not in os.environ
+        self.helper = _HELPER
         self.lock: IO[str] | None = None  # held while it runs
         self.held: dict[Path, IO[str]] = {}  # the same of its unfinished work, by folder
         self.stop_signal = 0  # the signal that asked to stop after the step at hand
@@ -179,7 +182,7 @@ class Stage:
         """Hash of the stage's command, params and inputs: equal keys mean equal work."""
         from tasks.dvcstage import current_key
 
-        return current_key(self.label)
+        return str(self.helper["key"]) if self.helper else current_key(self.label)
 
     def ask_to_stop(self, number: int, _frame: object) -> None:
         """On SIGTERM or SIGINT: stop once the step at hand is saved; at once where there is none, or when asked again."""
@@ -191,6 +194,8 @@ class Stage:
     def snapshot_due(self, done: int, saved_at: float) -> bool:
         """Whether `runtime` asks for a snapshot after step `done`, the last one being of `saved_at` (monotonic seconds)."""
         runtime = self.params.runtime
+        if self.helper:
+            return False
         by_steps = runtime.checkpoint_steps is not None and done % runtime.checkpoint_steps == 0
         return by_steps or time.monotonic() - saved_at >= runtime.checkpoint_seconds
 
@@ -238,7 +243,8 @@ def run(
         params = read_params()
         item = _command_line(name, about, items(params) if items else None)
         stage = Stage(name, params, item)
-        _begin(stage)
+        if not stage.helper:
+            _begin(stage)
         main(stage)
         _finish(stage)
     except (ParamsError, StageError) as error:

@@ -14,7 +14,14 @@ from apprentice.sections import ComputeConfig
 
 
 def section(**changes: Any) -> ComputeConfig:
-    entries: dict[str, Any] = {"device": "cpu", "dtype": "auto", "threads": 1, "forward_tokens": 8, "cache_tokens": 9}
+    entries: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "auto",
+        "threads": 1,
+        "processes": 1,
+        "forward_tokens": 8,
+        "cache_tokens": 9,
+    }
     return ComputeConfig(**{**entries, "attention": "auto", "gradient_checkpointing": False, **changes})
 
 

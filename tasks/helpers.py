@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 from tasks import process
 from tasks.stage import HELPER, ROOT, Stage, stores_root
+from tasks.unfinished import LOCK
 
 if TYPE_CHECKING:
     import torch
 
     from apprentice.team import Team
 
+Scratch = tempfile.TemporaryDirectory[str]
 PATIENCE = 3600.0  # seconds that one process may be behind another
 GRACE = 2.0  # seconds for the stage to end by itself, for the same reason, once a helper has
 UNSHARED = ("pretrain", "foreign")  # stages whose loop is one process's
@@ -38,9 +40,8 @@ def team_of(stage: Stage, device: "torch.device") -> "Team":
     if stage.helper:
         return join(stage.helper["rank"], size, stage.helper["meeting"], device, PATIENCE)
     scratch = tempfile.TemporaryDirectory(prefix="apprentice-team-")
-    place = Path(scratch.name)
-    helpers = [Helper(stage, rank, place) for rank in range(1, size)]
-    team = join(0, size, f"file://{place}/meeting", device, PATIENCE)
+    helpers = [Helper(stage, rank, scratch) for rank in range(1, size)]
+    team = join(0, size, meeting(scratch), device, PATIENCE)
 
     def end() -> None:
         for helper in helpers:
@@ -53,15 +54,20 @@ def team_of(stage: Stage, device: "torch.device") -> "Team":
     return team
 
 
-class Helper:
-    """One more process of a stage, in a folder of its own under `place`."""
+def meeting(scratch: Scratch) -> str:
+    """Where the processes meet."""
+    return f"file://{scratch.name}/meeting"
 
-    def __init__(self, stage: Stage, rank: int, place: Path) -> None:
-        self.stage, self.rank, self.ending = stage, rank, False
+
+class Helper:
+    """One more process of a stage, in a folder of its own under `scratch`."""
+
+    def __init__(self, stage: Stage, rank: int, scratch: Scratch) -> None:
+        self.stage, self.rank, self.scratch, self.ending = stage, rank, scratch, False
         self.lines: deque[str] = deque(maxlen=20)
-        root = place / str(rank)
+        root = Path(scratch.name) / str(rank)
         link_project(stage, root)
-        told = {"rank": rank, "meeting": f"file://{place}/meeting", "key": stage.key, "root": str(root)}
+        told = {"rank": rank, "meeting": meeting(scratch), "key": stage.key, "root": str(root)}
         own = {HELPER: json.dumps(told), "DVC_ROOT": str(root), "DVC_STAGE": stage.label}
         command = [sys.executable, "-m", f"tasks.{stage.name}", *filter(None, [stage.item])]
         self.child = process.start(command, ROOT, {**os.environ, **own}, patience=1.0)
@@ -81,6 +87,7 @@ class Helper:
                 file=sys.stderr,
                 flush=True,
             )
+            self.scratch.cleanup()
             os._exit(2)  # the work waits for it, where no exception can break in
 
     def end(self) -> None:
@@ -103,4 +110,5 @@ def link_project(stage: Stage, root: Path) -> None:
         target.mkdir(parents=True)
         if source.is_dir() and source != stage.data / "reports":
             for child in source.iterdir():
-                (target / child.name).symlink_to(child.resolve())
+                if child.name != LOCK:  # the stage has it
+                    (target / child.name).symlink_to(child.resolve())

@@ -107,14 +107,17 @@ def _heard() -> Iterator[None]:
 
 def join(rank: int, size: int, meeting: str, device: torch.device, seconds: float) -> Team:
     """Meet the others at `meeting` (`file:///path`, or `env://` as torchrun sets it); one that is waited for longer than
-    `seconds` ends the others. On one machine gloo keeps to its loopback interface.
+    `seconds` ends the others. On one machine they keep to its loopback interface; on CUDA each takes the device of its number.
 
     Raises RuntimeError when the others do not come.
     """
     if meeting.startswith("file:"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(rank)
+        backend = "nccl"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
     return Team(rank, size)
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 Scratch = tempfile.TemporaryDirectory[str]
 PATIENCE = 3600.0  # seconds that one process may be behind another
 GRACE = 2.0  # seconds for the stage to end by itself, for the same reason, once a helper has
-UNSHARED = ("pretrain", "foreign")  # stages whose loop is one process's
+UNSHARED = ("pretrain", "foreign", "judge", "bt_reward")  # stages whose loop is one process's
 
 
+@cache
 def team_of(stage: Stage, device: "torch.device") -> "Team":
     """The processes of the stage: itself alone, or with helpers, which are started here; in a helper, its place among them."""
     from apprentice.team import ALONE, join

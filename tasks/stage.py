@@ -65,8 +65,7 @@ def read_params(path: Path | None = None) -> Params:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys in the order given."""
     with atomic_write(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def address_of(label: str) -> str:
@@ -98,8 +97,7 @@ class Stage:
         self._at_end: list[Callable[[], None]] = []
         self.skipped_steps = 0  # of training, since a number of theirs was not finite
         self.stoppable = False  # while steps are being taken, each of which can be saved
-        self.by_hand = "DVC_STAGE" not in os.environ
-        self.helper = _HELPER
+        self.by_hand, self.helper = "DVC_STAGE" not in os.environ, _HELPER
         self.lock: IO[str] | None = None  # held while it runs
         self.held: dict[Path, IO[str]] = {}  # the same of its unfinished work, by folder
         self.stop_signal = 0  # the signal that asked to stop after the step at hand
@@ -110,8 +108,7 @@ class Stage:
         return f"{self.name}@{self.item}" if self.item else self.name
 
     def expect_inside(self, path: Path, entry: str) -> None:
-        """Raise StageError when a path of the params leads outside the project, symlinks followed, without
-        `runtime.outside_project`."""
+        """Raise StageError for a path of the params outside the project, symlinks followed, unless `runtime` allows it."""
         try:
             real = path.resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks, a name too long, a NUL in it
@@ -141,8 +138,7 @@ class Stage:
     def progress(self, step: int, total: int, **shown: float) -> None:
         """Print step, figures, rate and remaining time, at most every `runtime.progress_seconds`."""
         now = time.monotonic()
-        if self._first_step is None:
-            self._first_step = step - 1
+        self._first_step = step - 1 if self._first_step is None else self._first_step
         rate = (step - self._first_step) / max(now - self._began, 1e-9)
         self.telemetry(event="step", step=step, total=total, steps_per_second=round(rate, 4))
         if step < total and now - self._said < self.params.runtime.progress_seconds:
@@ -180,9 +176,11 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """Hash of the stage's command, params and inputs: equal keys mean equal work."""
+        if self.helper:
+            return str(self.helper["key"])
         from tasks.dvcstage import current_key
 
-        return str(self.helper["key"]) if self.helper else current_key(self.label)
+        return current_key(self.label)
 
     def ask_to_stop(self, number: int, _frame: object) -> None:
         """On SIGTERM or SIGINT: stop once the step at hand is saved; at once where there is none, or when asked again."""
@@ -194,10 +192,8 @@ class Stage:
     def snapshot_due(self, done: int, saved_at: float) -> bool:
         """Whether `runtime` asks for a snapshot after step `done`, the last one being of `saved_at` (monotonic seconds)."""
         runtime = self.params.runtime
-        if self.helper:
-            return False
         by_steps = runtime.checkpoint_steps is not None and done % runtime.checkpoint_steps == 0
-        return by_steps or time.monotonic() - saved_at >= runtime.checkpoint_seconds
+        return not self.helper and (by_steps or time.monotonic() - saved_at >= runtime.checkpoint_seconds)
 
     def resumed(self, unit: str, done: int) -> None:
         """Say and note that the stage goes on after step (or piece) `done` of an interrupted run."""

@@ -24,6 +24,7 @@ from tests.apprentice.test_preference import sides
 from tests.apprentice.toys import END, SMALL, Interrupted, Keeping, demonstrations, pool, rso_config, sft_config, srppo_config
 from tests.apprentice.toys import tiny_llama as tiny
 
+pytestmark = pytest.mark.slow
 Found = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 SPARE = replace(SMALL, forward_tokens=24)  # of most batches some micro-batches, and not as many for each process
 

@@ -1,0 +1,125 @@
+"""A stage in several processes: the same curve as in one, and no process outlives another."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from apprentice.demonstrations import demonstration, write_demonstrations
+from tests.apprentice.toys import tiny_llama
+from tests.conftest import Project
+from tests.tables import write_model
+from tests.toy import runs, wait_for
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc"),
+]
+Begin = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def place(project: Project) -> Project:
+    """A project with a base and tables, for `sft` of some seconds that saves every step."""
+    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.set(
+        compute__processes=2,
+        compute__device="cpu",
+        compute__forward_tokens=16,
+        runtime__checkpoint_steps=1,
+        sft__epochs=40,
+        sft__batch_size=8,
+        sft__gate_prompts=2,
+        sft__gate_samples=2,
+    )
+    words = ["p", "x", "y", "q"]
+    for name, count in (("demonstrations", 16), ("validation", 4)):
+        rows = [
+            demonstration(f"{name[0]} {words[i % 4]} {words[i // 4 % 4]}", " ".join(words[: 1 + i % 3]), "test")
+            for i in range(count)
+        ]
+        write_demonstrations(project.path(f"data/clean/{name}.jsonl"), rows)
+    write_model(project.path("data"), "base", tiny_llama(0, vocab=12))
+    return project
+
+
+@pytest.fixture
+def begin(place: Project, tmp_path: Path) -> Begin:
+    """Start `sft` as DVC does, what it says in a file; temporary folders in one of its own."""
+    (tmp_path / "scratch").mkdir()
+
+    def start() -> "subprocess.Popen[str]":
+        own = {"PYTHONPATH": str(place.root), "DVC_STAGE": "sft", "TMPDIR": str(tmp_path / "scratch")}
+        with place.path("said.txt").open("w") as said:
+            command = [sys.executable, "-m", "tasks.sft"]
+            return subprocess.Popen(command, cwd=place.root, env={**os.environ, **own}, stdout=said, stderr=said, text=True)
+
+    return start
+
+
+def said(place: Project) -> str:
+    return place.path("said.txt").read_text()
+
+
+def curve(place: Project) -> list[dict[str, float]]:
+    with place.path("data/reports/sft/history.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def steps(place: Project) -> int:
+    path = place.path("data/reports/sft/history.csv")
+    return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+
+def helper_of(child: "subprocess.Popen[str]") -> int:
+    """The process beside the stage: the one below its keeper."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    (found,) = (pid for pid, parent in parents.items() if parents.get(parent) == child.pid)
+    return found
+
+
+def test_whatever_ends_it_goes_on_and_comes_to_the_curve_of_one_process(place: Project, begin: Begin, tmp_path: Path) -> None:
+    child = begin()
+    wait_for(lambda: steps(place) >= 3, log=place.path("said.txt"))
+    helper = helper_of(child)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 128 + signal.SIGTERM and "is saved, and the same command goes on from there" in said(place)
+    wait_for(lambda: not runs(helper), 20)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+    before, child = steps(place), begin()
+    wait_for(lambda: steps(place) >= before + 3, log=place.path("said.txt"))
+    helper = helper_of(child)
+    os.kill(helper, signal.SIGKILL)
+    assert child.wait(60) == 2
+    assert "process 1 of 2 ended; it said last" in said(place) and "goes on from the last snapshot" in said(place)
+    assert "continuing after step" in said(place) and list((tmp_path / "scratch").iterdir()) == []
+
+    before, child = steps(place), begin()
+    wait_for(lambda: steps(place) >= before + 3, log=place.path("said.txt"))
+    helper = helper_of(child)
+    child.kill()
+    child.wait()
+    wait_for(lambda: not runs(helper), 20)
+
+    assert begin().wait(120) == 0, said(place)
+    assert "2 processes share the work" in said(place) and "continuing after step" in said(place)
+    shared = curve(place)
+    place.set(compute__processes=1)
+    shutil.rmtree(place.path("data/models/sft"))  # as DVC does
+    assert begin().wait(120) == 0, said(place)
+    alone = curve(place)
+    assert len(shared) == len(alone) == 80
+    for row, other in zip(shared, alone, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)

@@ -176,11 +176,9 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """Hash of the stage's command, params and inputs: equal keys mean equal work."""
-        if self.helper:
-            return str(self.helper["key"])
         from tasks.dvcstage import current_key
 
-        return current_key(self.label)
+        return str(self.helper["key"]) if self.helper else current_key(self.label)
 
     def ask_to_stop(self, number: int, _frame: object) -> None:
         """On SIGTERM or SIGINT: stop once the step at hand is saved; at once where there is none, or when asked again."""

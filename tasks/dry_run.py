@@ -133,13 +133,14 @@ def _needs(
     }
     for stage, tokens in work.items():
         one = models.get(stage) or needs.measured_beside([stage.partition("@")[2]])
-        if adapter and stage != "pretrain":
+        adapted = adapter is not None and stage != "pretrain"
+        if adapted:
             shapes = needs.on_trunks(one.trained, one.frozen, lambda _: "base", lambda _: shape, lambda _: adapter)
         else:
             shapes = [shape] * len(one.trained), [shape] * len(one.frozen)
         room = footprint(*shapes, compute, one.samples)
         memory = room.certain if pinned and stage == "pretrain" else room.memory
-        flops = tokens.flops(shape.parameters, compute.gradient_checkpointing, bool(adapter and stage != "pretrain"))
+        flops = tokens.flops(shape.parameters, compute.gradient_checkpointing, adapted)
         yield Need(stage, memory, room.outputs, room.snapshots, flops)
 
 

@@ -34,22 +34,18 @@ def evaluate_stage(stage: Stage) -> None:
 
 def measured(stage: Stage, names: Sequence[str], compute: Compute) -> dict[str, Measured]:
     """Models of the pipeline by name, frozen, as they are measured."""
-    tilts = {name for name in names if (model_folder(stage, name) / TILT).exists()}
-    roles = frozen_roles(stage, [name for name in names if name not in tilts], compute)
-    return {
-        name: _tilted(stage, name, compute) if name in tilts else Measured(roles[name], tokenizer_of(stage, name))
-        for name in names
-    }
-
-
-def _tilted(stage: Stage, name: str, compute: Compute) -> Measured:
-    folder = model_folder(stage, name)
-    return Measured(load_tilt(folder, compute), tokenizer_of(stage, read_tilt(folder)["target"]))
+    parts = {name: _parts(stage, name) for name in names}
+    roles = frozen_roles(stage, [name for name in names if not parts[name]], compute)
+    models = {name: load_tilt(model_folder(stage, name), compute) if parts[name] else roles[name] for name in names}
+    return {name: Measured(models[name], tokenizer_of(stage, (parts[name] or [name])[0])) for name in names}
 
 
 def _preflight(stage: Stage, name: str, compute: Compute) -> None:
-    """Of two models decoded as one both are loaded whole, beside sft and base."""
+    whole = _parts(stage, name)
+    preflight(stage, compute, *measured_beside([] if whole else [name]), whole=whole)
+
+
+def _parts(stage: Stage, name: str) -> list[str]:
+    """Of two models decoded as one: the target and the baseline, which are both loaded whole; of another model none."""
     folder = model_folder(stage, name)
-    if not (folder / TILT).exists():
-        return preflight(stage, compute, *measured_beside([name]))
-    preflight(stage, compute, *measured_beside([]), whole=[read_tilt(folder)[part] for part in ("target", "baseline")])
+    return [read_tilt(folder)[part] for part in ("target", "baseline")] if (folder / TILT).exists() else []

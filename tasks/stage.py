@@ -281,10 +281,10 @@ def _begin(stage: Stage) -> None:
 
         for path in outputs_of(stage.label):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if not stage.by_hand:
-        end_with_dvc()  # which, killed, would leave it behind
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stage.ask_to_stop)
+    if not stage.by_hand:
+        end_with_dvc()  # which, killed, would leave it behind
     sweep(stage)
     stage.reports.mkdir(parents=True, exist_ok=True)
     stage.telemetry(event="started", host=os.uname().nodename, pid=os.getpid())

@@ -104,19 +104,18 @@ def stage_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: Callable[.
     It takes the place of the one before it, whose locks go, as they would with its process.
     """
     from tasks import stage
+    from tests.main_line import end_of_process
 
     monkeypatch.setattr(stage, "ROOT", tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     made: list[Any] = []
 
-    def end() -> None:
-        for lock in [lock for earlier in made for lock in earlier.held.values()]:
-            lock.close()
-
     def make(name: str, **changes: Any) -> Any:
-        end()
+        for earlier in made:
+            end_of_process(earlier)
         made.append(stage.Stage(name, params(**changes)))
         return made[-1]
 
     yield make
-    end()
+    for one in made:
+        end_of_process(one)

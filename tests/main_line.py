@@ -24,8 +24,14 @@ def run_here(stage: Stage) -> None:
         importlib.import_module(f"tasks.{stage.name}").main(stage)
         stage.finish()
     finally:
-        for lock in stage.held.values():  # as the end of its process would
-            lock.close()
+        end_of_process(stage)
+
+
+def end_of_process(stage: Stage) -> None:
+    """What that does to a stage's locks."""
+    for lock in stage.held.values():
+        lock.close()
+    stage.held.clear()
 
 
 def try_here(folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from tasks import stage as stage_module
 from tasks.resume import StageRecorder, load_state, save_state
 from tasks.stage import Stage
+from tests.main_line import end_of_process
 
 STATE = {
     "model": {"a.weight": torch.tensor([[1.5, -2.25]]), "b": torch.arange(3)},
@@ -144,7 +145,7 @@ def test_only_the_newest_unfinished_runs_are_kept(stage: Stage) -> None:
         recorder.resume()
         save_always(recorder)
         recorder.step(1, 3, {"loss": 2.0}, lambda: {"step": 1})
-        stage.held[recorder.snapshot.parent].close()  # as the end of its process would
+        end_of_process(stage)
     assert len(list(recorder.snapshot.parent.parent.iterdir())) == stage.params.runtime.resume_folders == 3
     assert recorder.snapshot.exists()
 

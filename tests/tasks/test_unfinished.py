@@ -19,6 +19,7 @@ from tasks.resume import StageRecorder
 from tasks.stage import Stage
 from tasks.unfinished import FINISHED, LOCK, drop, prune, sweep, take
 from tests.conftest import ROOT, Project
+from tests.main_line import end_of_process
 from tests.toy import wait_for
 
 HOLDER = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
@@ -31,13 +32,6 @@ def stage(stage_of: Callable[..., Stage]) -> Stage:
     made = stage_of("sft", **{"runtime.checkpoint_steps": 1})
     made.__dict__["key"], made.by_hand = "0123", False
     return made
-
-
-def end(stage: Stage) -> None:
-    """What the end of its process does to a stage's locks."""
-    for file in stage.held.values():
-        file.close()
-    stage.held.clear()
 
 
 def lock(folder: Path) -> IO[str]:
@@ -53,7 +47,7 @@ def run_of(stage: Stage, key: str, age: float, snapshot: bool = True) -> Path:
     folder = take(stage)
     if snapshot:
         (folder / "last").mkdir()
-    end(stage)
+    end_of_process(stage)
     os.utime(folder, (folder.stat().st_mtime - age,) * 2)
     return folder
 
@@ -78,7 +72,7 @@ def test_a_snapshot_half_removed_is_not_gone_on_from(stage: Stage, monkeypatch: 
     first = StageRecorder(stage)
     first.resume()
     first.step(1, 3, {"loss": 1.0}, lambda: {"w": torch.ones(2)})
-    end(stage)
+    end_of_process(stage)
     killed_while_dropping(first.snapshot.parent, monkeypatch)
     assert StageRecorder(stage).resume() is None
     sweep(stage)
@@ -90,10 +84,10 @@ def test_pieces_half_removed_are_not_mixed_with_new_ones(stage: Stage, monkeypat
     first = KeptPieces(stage)
     for number in (1, 2):
         first(lambda number=number: f"old {number}")  # type: ignore[misc]
-    end(stage)
+    end_of_process(stage)
     killed_while_dropping(first.folder.parent, monkeypatch)
     KeptPieces(stage)(lambda: "new 1")
-    end(stage)
+    end_of_process(stage)
     third = KeptPieces(stage)
     assert [third(lambda: "made now") for _ in range(3)] == ["new 1", "made now", "made now"]
 
@@ -126,7 +120,7 @@ def test_of_two_at_the_same_work_the_second_waits_and_goes_on_from_what_the_firs
     first = StageRecorder(stage)
     first.resume()
     first.step(1, 3, {"loss": 1.0}, lambda: {"step": 1})
-    end(stage)
+    end_of_process(stage)
     command = [sys.executable, "-c", HOLDER, str(first.snapshot.parent / LOCK)]
     other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout and other.stdout.readline() == "held\n"
@@ -179,7 +173,7 @@ def test_finished_work_stays_until_dvc_has_recorded_it(stage: Stage, monkeypatch
     recorded["sft"] = "0123"
     sweep(stage)
     assert folder.exists()  # this process has it
-    end(stage)
+    end_of_process(stage)
     sweep(stage)
     assert not folder.exists()
 

@@ -93,7 +93,7 @@ def test_a_stage_whose_dvc_is_killed_saves_and_ends(toy: Project, shell: str) ->
 
 @pytest.mark.slow
 def test_a_stage_whose_dvc_was_gone_before_it_looked_ends(toy: Project) -> None:
-    """Whoever stands for DVC ends at once, the stage has yet to import what it needs: it has done nothing that is to be saved."""
+    """Whoever stands for DVC ends at once, the stage has yet to import what it needs: nothing is to be saved."""
     dvc = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-m', 'tasks.sft']).pid)"
     assert begin(toy, "-c", dvc, DVC_STAGE="prepare").wait(60) == 0
     stage = int(toy.path("output.txt").read_text().split()[0])

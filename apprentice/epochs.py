@@ -1,7 +1,7 @@
 """The loop of every training from a fixed table: epochs over shuffled rows, one optimiser step a batch, resumable anywhere."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,12 @@ def train_epochs(
     seed: str,
     recorder: Recorder,
     after: EpochEnd | None = None,
+    signs: Callable[[Figures, Sequence[Row]], list[str]] = lambda figures, before: [],
     team: Team = ALONE,
 ) -> Trained:
     """Train `model` in place on `size` rows; `step` gathers the gradient of a batch of row numbers and returns its figures: of
-    a team each process gathers a share, and the figures are the sums.
+    a team each process gathers a share, and the figures are the sums. `signs` tells from them, and from the rows before, what
+    goes wrong, before the step is taken.
 
     Rows of the recorder: what `after` measures (at an epoch's end), the step's figures, grad_norm, learning_rate, epoch.
     Raises ValueError for no rows; NumbersError at a figure or gradient that is not finite, by the recorder's rule, and at a
@@ -77,7 +79,10 @@ def train_epochs(
         order = random.Random(f"{seed}/{epoch}").sample(range(size), size)
         figures = step(order[place * config.batch_size : (place + 1) * config.batch_size])
         row: Row = {**figures, "grad_norm": optimiser.clip(), "learning_rate": optimiser.rate}
-        if recorder.takes(f"step {done + 1} of {total}", row):
+        where = f"step {done + 1} of {total}"
+        if recorder.takes(where, row):
+            for sign in signs(figures, recorder.rows):
+                recorder.bad_sign(f"{where}: {sign}")
             optimiser.step()
             tail = [*tail, figures][-batches:]
         else:

@@ -1,11 +1,11 @@
-"""Signs that a PPO run goes wrong though every number is finite, read from its rows: each with cause and remedy."""
+"""Signs that a training goes wrong though every number is finite, read from its rows: each with cause and remedy."""
 
 from collections.abc import Mapping, Sequence
 
 from apprentice.recorder import Row
 from apprentice.sections import PPOConfig
 
-FAR_NATS = 10.0  # per response: text that the policy finds e^10 times likelier than the anchor does
+FAR_NATS = 10.0  # per response: text that one model finds e^10 times likelier than the other does
 CUT_SHARE = 0.5  # of responses without an end token
 
 
@@ -15,6 +15,16 @@ def signs(figures: Mapping[str, float], before: Sequence[Row], config: PPOConfig
     start = [*known, figures][0]
     told = {name for past in known for name in _found(past, start, config)}
     return [text for name, text in _found(figures, start, config).items() if name not in told]
+
+
+def displaced(figures: Mapping[str, float], before: Sequence[Row]) -> list[str]:
+    """Off-policy, where no KL is measured: the text learnt from lost more likelihood than in any row `before`."""
+    if figures["displacement"] <= FAR_NATS or any((past["displacement"] or 0.0) > FAR_NATS for past in before):
+        return []
+    return [
+        f"the responses learnt from lost {figures['displacement']:.3g} nats each against the reference: the policy runs away "
+        "from them to text that nobody rated. Lower learning_rate or epochs, or hold it closer: a higher gamma or beta"
+    ]
 
 
 def _found(figures: Mapping[str, float], start: Mapping[str, float], config: PPOConfig) -> dict[str, str]:

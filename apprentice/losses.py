@@ -101,6 +101,8 @@ def preference_loss(
     sigmoid_norm (= DPO): -log sigmoid(margin);   hinge_norm: max(0, 1 - margin);
     hinge (SLiC): max(0, 1 - gamma (chosen_logps - rejected_logps)), no reference;
     ipo (2310.12036): (h_chosen - h_rejected - 1 / (2 gamma))^2, on sums.
+    Metrics, means over pairs: those of the loss, and displacement, -h_chosen: how far the likelihood of what was chosen fell
+    while only the gap was asked for (2410.08847).
     """
     for name, tensor in (("rejected_logps", rejected_logps), ("reference_chosen_logps", reference_chosen_logps)):
         check_shape(name, tensor, *chosen_logps.shape)
@@ -124,6 +126,7 @@ def preference_loss(
         "margin": (gamma * gap).detach().sum() / total,
         "chosen_logps": chosen_logps.detach().sum() / total,
         "rejected_logps": rejected_logps.detach().sum() / total,
+        "displacement": (reference_chosen_logps - chosen_logps).detach().sum() / total,
     }
 
 
@@ -137,7 +140,8 @@ def contrastive_loss(
     L = -mean over pairs of D d - (beta / 2) d^2, minimal at pi_ref exp(R / beta) / Z; its gradient by logps_i is -2 / k times
     the leave-one-out advantage of R - beta h (RLOO). Pairs of equal reward count: they pull d to 0. beta = 0 leaves D d.
     Metrics: reward_variance within a row (over k - 1), residual_variance, that of R - beta h, which starts there at the
-    reference and is 0 at the optimum, and logps, each a mean over rows.
+    reference and is 0 at the optimum, logps, and displacement, -h, which for samples of the reference estimates its KL to the
+    policy; each a mean over rows.
     """
     check_shape("logps", logps, None, None)
     check_shape("reference_logps", reference_logps, *logps.shape)
@@ -158,6 +162,7 @@ def contrastive_loss(
         "residual_variance": covariance(residual, residual),
         "reward_variance": covariance(gaps, gaps),
         "logps": logps.detach().mean(1).sum() / total,
+        "displacement": (reference_logps - logps).detach().mean(1).sum() / total,
     }
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
 from apprentice.epochs import Figures, train_epochs
+from apprentice.health import displaced
 from apprentice.losses import preference_loss
 from apprentice.masking import masked_sum
 from apprentice.policy import response_scores, score
@@ -43,14 +44,15 @@ def optimise_preferences(
 ) -> dict[str, Any]:
     """Train `policy` in place; returns loss, accuracy and margin averaged over the last epoch.
 
-    Rows: loss, accuracy, margin, chosen_logps, rejected_logps (means over pairs), grad_norm, learning_rate, epoch. Expect
-    chosen_logps to fall too: the loss only asks for the gap.
+    Rows: the metrics of `preference_loss`, grad_norm, learning_rate, epoch. Expect chosen_logps to fall too: the loss only asks
+    for the gap. Where they fall far it is told once, before the step.
     """
 
     def step(rows: list[int]) -> Figures:
         return preference_step(policy, pairs, rows, config, compute)
 
-    trained = train_epochs(policy, len(pairs.chosen.ids), step, config, seed=seed, recorder=recorder, team=compute.team)
+    size = len(pairs.chosen.ids)
+    trained = train_epochs(policy, size, step, config, seed=seed, recorder=recorder, signs=displaced, team=compute.team)
     return {name: trained.means[name] for name in ("loss", "accuracy", "margin")}
 
 

@@ -55,11 +55,11 @@ def slope(logps: Tensor, reference: Tensor, rewards: Tensor, beta: float) -> Ten
 
 
 def test_the_loss_by_hand() -> None:
-    # h = (1, -1), R = (3, 2), beta 0.5: D = 1, d = 2, -(1 * 2 - 0.25 * 4) = -1; (1 - 0.5 * 2)^2 / 2 = 0; 1^2 / 2
-    logps, reference, rewards = (torch.tensor([row]).double() for row in ([-2.0, -5.0], [-3.0, -4.0], [3.0, 2.0]))
+    # h = (1, -1) - 2, R = (3, 2), beta 0.5: D = 1, d = 2, -(1 * 2 - 0.25 * 4) = -1; (1 - 0.5 * 2)^2 / 2 = 0; 1^2 / 2
+    logps, reference, rewards = (torch.tensor([row]).double() for row in ([-2.0, -5.0], [-1.0, -2.0], [3.0, 2.0]))
     loss, metrics = contrastive_loss(logps, reference, rewards, 0.5)
     assert float(loss) == pytest.approx(-1, abs=1e-9)
-    wanted = {"loss": -1, "residual_variance": 0, "reward_variance": 0.5, "logps": -3.5}
+    wanted = {"loss": -1, "residual_variance": 0, "reward_variance": 0.5, "logps": -3.5, "displacement": 2}
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(wanted, abs=1e-9)
 
 
@@ -248,6 +248,15 @@ def test_a_step_matches_a_loop_over_pairs(groups: Groups) -> None:
     assert found["logps"] == pytest.approx(sum(logps) / len(logps), rel=1e-4)
 
 
+def test_samples_that_lost_ten_nats_are_told_of_once(groups: Groups) -> None:
+    for rise, told in ((0.0, []), (20.0, ["step 1 of 9"])):
+        start = contrast_step(tiny_llama(0), groups, list(range(COUNT)), BETA, CPU)["displacement"]
+        recorder = Keeping()
+        run(dataclasses.replace(groups, reference_logps=groups.reference_logps - start + rise), recorder)
+        assert [text.partition(":")[0] for text in recorder.warnings] == told
+        assert recorder.rows[0]["displacement"] == pytest.approx(rise, abs=9)
+
+
 @pytest.mark.parametrize("budget", [1, 120])
 def test_G4_the_gradient_does_not_depend_on_the_split_or_the_order(groups: Groups, budget: int) -> None:
     found = []
@@ -311,7 +320,7 @@ def test_the_result_is_the_mean_over_the_last_epoch(groups: Groups) -> None:
     recorder = Recorder()
     _, result = run(groups, recorder)
     assert [row["epoch"] for row in recorder.rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert set(result) == {"loss", "residual_variance", "reward_variance", "logps"}
+    assert set(result) == {"loss", "residual_variance", "reward_variance", "logps", "displacement"}
     for name, value in result.items():
         assert value == pytest.approx(sum(row[name] for row in recorder.rows[-3:]) / 3)
 

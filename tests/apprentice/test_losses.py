@@ -142,6 +142,7 @@ def test_preference_losses_by_hand() -> None:
         assert float(metrics["margin"]) == pytest.approx(0.5)
         assert float(metrics["accuracy"]) == 1
         assert (float(metrics["chosen_logps"]), float(metrics["rejected_logps"])) == (-3, -4)
+        assert float(metrics["displacement"]) == -2
     assert float(preference_loss(*inputs, "ipo", 0.25)[0]) == pytest.approx((5 - 2) ** 2)
 
 

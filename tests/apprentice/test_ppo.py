@@ -27,6 +27,7 @@ from tests.apprentice.toys import (
     SMALL,
     Interrupted,
     Keeping,
+    Stopping,
     Tabular,
     as_rollout,
     ended,
@@ -685,13 +686,6 @@ def test_a_policy_that_runs_away_from_the_anchor_is_told_of_once() -> None:
     (said,) = [text for text in recorder.warnings if "kl_stop" in text]
     assert said.startswith("iteration 1 of 3: ") and "nats per response from the KL anchor 'sft', and kl_stop is None" in said
     assert all(row["kl_to_anchor"] > 10 for row in recorder.rows)
-
-
-class Stopping(Recorder):
-    """Stops at a bad sign, as stages may."""
-
-    def bad_sign(self, message: str) -> None:
-        raise BadSignError(message)
 
 
 def test_who_stops_at_a_bad_sign_has_trained_nothing_on_it() -> None:

@@ -1,12 +1,14 @@
 """Preference optimisation on pairs: its gradient, its start, resuming."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from apprentice.compute import CPU, Compute
+from apprentice.finite import BadSignError
 from apprentice.policy import freeze
 from apprentice.preference import Pairs, optimise_preferences, preference_step, with_reference
 from apprentice.recorder import Recorder
@@ -16,6 +18,7 @@ from tests.apprentice.toys import (
     SMALL,
     Interrupted,
     Keeping,
+    Stopping,
     demonstrations,
     gradient,
     hash_of,
@@ -107,6 +110,23 @@ def test_G4_the_gradient_does_not_depend_on_the_split_or_the_order(pairs: Pairs,
     assert relative_error(other, grad) < 1e-6
     for name, value in metrics.items():
         assert others[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("rise", "told"), [(0.0, []), (20.0, ["step 1 of 9"])])
+def test_chosen_responses_that_lost_ten_nats_are_told_of_once(pairs: Pairs, rise: float, told: list[str]) -> None:
+    logps = with_reference(freeze(tiny_llama(0)), *sides(10), CPU).reference_chosen_logps  # of the policy before it learns
+    recorder = Keeping()
+    run(replace(pairs, reference_chosen_logps=logps + rise), recorder)
+    assert [text.partition(":")[0] for text in recorder.warnings] == told
+    assert recorder.rows[0]["displacement"] == pytest.approx(rise, abs=1e-4)
+
+
+def test_who_stops_when_they_have_has_trained_nothing_on_it(pairs: Pairs) -> None:
+    model, recorder = tiny_llama(0), Stopping()
+    far = replace(pairs, reference_chosen_logps=pairs.reference_chosen_logps + 1000)
+    with pytest.raises(BadSignError, match=r"step 1 of 9: the responses learnt from lost 1.*e\+03 nats each"):
+        optimise_preferences(model, far, rso_config(), seed="0", compute=CPU, recorder=recorder)
+    assert hash_of(model) == hash_of(tiny_llama(0)) and recorder.rows == []
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 9])  # three steps an epoch

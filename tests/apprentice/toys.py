@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apprentice.compute import CPU, Compute
+from apprentice.finite import BadSignError
 from apprentice.ppo import Prompts
 from apprentice.recorder import Recorder, Row, State
 from apprentice.sampling import Rollout
@@ -173,6 +174,13 @@ class Keeping(Recorder):
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
+
+
+class Stopping(Recorder):
+    """Stops at a bad sign, as stages may."""
+
+    def bad_sign(self, message: str) -> None:
+        raise BadSignError(message)
 
 
 def pretrain_config(**changes: Any) -> PretrainConfig:

@@ -86,6 +86,7 @@ TRAINING = {
     "chosen_logps": "log-probability of chosen responses; falling along with the rejected ones, the pair is unlearned.",
     "rejected_logps": "log-probability of rejected responses.",
     "logps": "log-probability of the candidates.",
+    "displacement": "Log-probability that the chosen responses, or the candidates, lost against the start.",
     "reward_variance": "Variance of the reward among a prompt's candidates.",
     "residual_variance": "The same of the reward less beta times the log-ratio to the start: 0 at the optimum.",
     "anchor_win_rate": "Mean probability of beating the prompt's anchor, by the reward model.",

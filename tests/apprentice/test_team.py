@@ -114,9 +114,10 @@ def member(rank: int, size: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each process of a team of one, two and three found."""
     folder = tmp_path_factory.mktemp("teams")
-    start = multiprocessing.get_context("spawn").Process
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload([__name__])  # loads torch once
     for size in JOBS:
-        processes = [start(target=member, args=(rank, size, folder)) for rank in range(size)]
+        processes = [forking.Process(target=member, args=(rank, size, folder)) for rank in range(size)]
         for process in processes:
             process.start()
         for process in processes:

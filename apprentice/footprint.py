@@ -32,8 +32,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. certain: of the models themselves. memory: with passes, cache and the copy that a snapshot takes. outputs: what
-    is written, and once more in DVC's cache. snapshots: two, the previous one staying until the new one is whole."""
+    """Bytes. certain: of the models themselves. memory: of the device, with passes and cache, on a CPU with the copy that a
+    snapshot takes. outputs: what is written, and once more in DVC's cache. snapshots: two, the previous one staying until the
+    new one is whole."""
 
     certain: int
     memory: int
@@ -71,7 +72,8 @@ def footprint(
     cache = numbers * compute.dtype.itemsize if samples else 0
     outputs = 2 * FROZEN * max((shape.parameters + shape.trunk for shape in trained), default=0)
     outputs += 2 * FROZEN * written * max((shape.parameters for shape in frozen), default=0)
-    return Footprint(certain, certain + max(passes, cache) + SNAPSHOT * own, outputs, 2 * SNAPSHOT * own)
+    copy = SNAPSHOT * own if compute.device.type == "cpu" else 0
+    return Footprint(certain, certain + max(passes, cache) + copy, outputs, 2 * SNAPSHOT * own)
 
 
 def _pass(shape: Shape, compute: Compute, training: bool) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks import process
-from tasks.stage import HELPER, ROOT, Stage, stores_root
+from tasks.stage import HELPER, ROOT, Stage, StageError, stores_root
 from tasks.unfinished import LOCK
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def team_of(stage: Stage, device: "torch.device") -> "Team":
         return ALONE
     if stage.helper:
         return join(stage.helper["rank"], size, stage.helper["meeting"], device, PATIENCE)
+    _check_devices(size, device)
     scratch = tempfile.TemporaryDirectory(prefix="apprentice-team-")
     helpers = [Helper(stage, rank, scratch) for rank in range(1, size)]
     team = join(0, size, meeting(scratch), device, PATIENCE)
@@ -54,6 +55,16 @@ def team_of(stage: Stage, device: "torch.device") -> "Team":
     atexit.register(end)  # where it ends in another way
     stage.say(f"{size} processes share the work")
     return team
+
+
+def _check_devices(size: int, device: "torch.device") -> None:
+    from torch import cuda
+
+    if device.type == "mps" or (device.type == "cuda" and cuda.device_count() < size):
+        there = "MPS is one device" if device.type == "mps" else f"{cuda.device_count()} can be seen"
+        raise StageError(
+            f"compute.processes: {size} processes need a device each, and {there}; lower it, or compute.device: cpu"
+        )
 
 
 def meeting(scratch: Scratch) -> str:

@@ -1,7 +1,7 @@
-"""How many torch stages may run side by side, and on which device each.
+"""How many torch stages may run side by side, and on which devices each.
 
-Two torch stages on one contended core cost a factor of ten, so there are as many places as cores / `compute.threads`, or
-one per GPU. Other stages are small and need no place.
+Two torch stages on one contended core cost a factor of ten, so each process of a stage has `compute.threads` cores of its own,
+or a GPU. Other stages are small and need no place.
 """
 
 import os
@@ -71,10 +71,17 @@ class Slots:
 
 
 def slots_of(params: Params) -> Slots:
-    """`runtime.parallel_stages` places, or one per GPU, or cores / `compute.threads`, at least one."""
-    gpus = cuda_devices() if params.compute.device in ("auto", "cuda") else []
-    count = params.runtime.parallel_stages or len(gpus) or max(1, cores() // params.compute.threads)
-    return Slots([{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(count)])
+    """`runtime.parallel_stages` places, or as many as there are GPUs or cores for, at least one.
+
+    Each has `compute.processes` GPUs, or that many times `compute.threads` cores. Raises ValueError for too few GPUs.
+    """
+    compute, size = params.compute, params.compute.processes
+    gpus = cuda_devices() if compute.device in ("auto", "cuda") else []
+    if gpus and len(gpus) < size:
+        raise ValueError(f"compute.processes: {size} processes need a CUDA device each, and {len(gpus)} can be seen")
+    teams = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)] if gpus else []
+    count = params.runtime.parallel_stages or len(teams) or max(1, cores() // (compute.threads * size))
+    return Slots([{"CUDA_VISIBLE_DEVICES": teams[i % len(teams)]} if teams else {} for i in range(count)])
 
 
 def cores() -> int:

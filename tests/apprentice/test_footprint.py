@@ -25,6 +25,11 @@ def test_training_by_hand() -> None:
     assert found.disk == 2 * 4 * 1000 + 2 * 12 * 1000
 
 
+def test_a_snapshot_takes_nothing_of_a_device_beside_the_machines_memory() -> None:
+    on_cuda = dataclasses.replace(COMPUTE, device=torch.device("cuda"))
+    assert footprint([SHAPE], [SMALLER], on_cuda, samples=True).memory == 16 * 1000 + 4 * 10 + 16880
+
+
 def test_sampling_by_hand() -> None:
     """Nothing is written but rows; the cache is larger than a pass of 10 * 50 * 4 * 2 + 68 * 10 * 8."""
     found = footprint([], [SHAPE, SMALLER], COMPUTE, samples=True)

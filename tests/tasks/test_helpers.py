@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from apprentice.demonstrations import demonstration, write_demonstrations
+from tasks import helpers
+from tasks.stage import StageError
 from tests.apprentice.toys import tiny_llama
 from tests.conftest import Project
 from tests.tables import write_model
@@ -123,3 +126,12 @@ def test_whatever_ends_it_goes_on_and_comes_to_the_curve_of_one_process(place: P
     assert len(shared) == len(alone) == 80
     for row, other in zip(shared, alone, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("device", "told"), [("cuda", "need a device each, and 1 can be seen"), ("mps", "MPS is one device")])
+def test_more_processes_than_devices_are_refused(device: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    helpers._check_devices(4, torch.device("cpu"))
+    helpers._check_devices(1, torch.device("cuda"))
+    with pytest.raises(StageError, match=rf"compute\.processes: 2 processes .*{told}"):
+        helpers._check_devices(2, torch.device(device))

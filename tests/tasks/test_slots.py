@@ -28,6 +28,22 @@ def test_one_place_for_each_gpu_with_its_device(params: Callable[..., Params], m
     assert slots.slots_of(params(**{"compute.device": "cpu", "runtime.parallel_stages": 2})).places == [{}, {}]
 
 
+def test_a_place_has_a_gpu_or_cores_for_each_process_of_a_stage(
+    params: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7,1")
+    pairs = slots.slots_of(params(**{"compute.processes": 2})).places
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in pairs] == ["2,5", "6,7"]
+    whole = slots.slots_of(params(**{"compute.processes": 5, "runtime.parallel_stages": 2})).places
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in whole] == ["2,5,6,7,1"] * 2
+    with pytest.raises(ValueError, match=r"compute\.processes: 6 processes need a CUDA device each, and 5 can be seen"):
+        slots.slots_of(params(**{"compute.processes": 6}))
+    monkeypatch.setattr(slots, "cores", lambda: 8)
+    on_cpu = {"compute.device": "cpu", "compute.threads": 2}
+    for size, expected in ((1, 4), (2, 2), (4, 1), (8, 1)):
+        assert slots.slots_of(params(**on_cpu, **{"compute.processes": size})).places == [{}] * expected
+
+
 def test_hidden_gpus_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert slots.cuda_devices() == []

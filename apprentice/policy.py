@@ -26,10 +26,12 @@ PINNED = "pinned.json"  # in a model folder: the checkpoint stands elsewhere, na
 
 @dataclass(frozen=True)
 class ResponseScores:
-    """logps: [B, T] log-probabilities of the response tokens, fp32, 0 in the padding. entropy: [B, T] nats, or None."""
+    """logps: [B, T] log-probabilities of the response tokens, fp32, 0 in the padding. entropy: [B, T] nats, or None.
+    hidden: what the trunk ends with, [B, positions, width], or None."""
 
     logps: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 def checkpoint_arguments(folder: Path) -> dict[str, Any]:
@@ -105,7 +107,12 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def response_scores(
-    model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperature: float = 1.0, entropy: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    compute: Compute = CPU,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    hidden: bool = False,
 ) -> ResponseScores:
     """Score the response tokens of a batch in one forward pass, with gradient where the model takes one.
 
@@ -119,14 +126,16 @@ def response_scores(
     width = batch.ids.size(1)
     keep = torch.arange(first - 1, width - 1, device=batch.ids.device)
     with compute.autocast():
-        logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep).logits
-    logits = logits / temperature if temperature != 1.0 else logits
+        wanted = {"output_hidden_states": True} if hidden else {}
+        found = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep, **wanted)
+    logits = found.logits / temperature if temperature != 1.0 else found.logits
     columns, mask = batch.response_positions() - first, batch.mask
     logps = token_logps(logits, batch.ids[:, first:]).gather(1, columns) * mask
+    last = found.hidden_states[-1] if hidden else None
     if not entropy:
-        return ResponseScores(logps, None)
+        return ResponseScores(logps, hidden=last)
     with torch.no_grad():
-        return ResponseScores(logps, token_entropy(logits.detach()).gather(1, columns) * mask)
+        return ResponseScores(logps, token_entropy(logits.detach()).gather(1, columns) * mask, last)
 
 
 def _logps(model: PreTrainedModel, batch: Batch, rows: list[int], compute: Compute, temperature: float) -> list[Tensor]:
@@ -152,19 +161,29 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Critic(nn.Module):
-    """Values of response positions: the trunk of a language model under a scalar head that starts at zero."""
+    """Values of response positions: a scalar head that starts at zero on a copy of a model's trunk; `shared`, on that trunk."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, shared: bool = False) -> None:
         super().__init__()
-        self.trunk = copy.deepcopy(model.base_model).requires_grad_(True)
+        self.shared = shared
+        self.trunk = model.base_model if shared else copy.deepcopy(model.base_model).requires_grad_(True)
         self.head = nn.Linear(model.config.hidden_size, 1, device=model.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def own(self) -> nn.Module:
+        """What is the critic's alone: all of it, or the head."""
+        return self.head if self.shared else self
 
     def forward(self, batch: Batch, compute: Compute = CPU) -> Tensor:
         """[B, T] values, each read at the position before its token is produced; 0 in the padding."""
         with compute.autocast():
             hidden = self.trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return self.read(hidden, batch)
+
+    def read(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The same from what the trunk ends with, [B, positions, width]."""
         values: Tensor = self.head(hidden.float()).squeeze(-1)
         return values.gather(1, batch.response_positions() - 1) * batch.mask
 

@@ -84,8 +84,8 @@ class Experience:
 class PPO:
     """The state of one run: policy, critic, their optimisers, the scale of the values, and the iteration reached.
 
-    `scorers` holds the frozen models by name; the KL anchor and critic_init of the config and `sft` and `base` must be among
-    them.
+    `scorers` holds the frozen models by name; `sft`, `base` and the config's KL anchor must be among them, and critic_init
+    where the critic is separate.
     """
 
     def __init__(
@@ -101,10 +101,11 @@ class PPO:
     ) -> None:
         self.policy, self.scorers, self.prompts, self.reward, self.config = policy, scorers, prompts, reward, config
         self.seed, self.compute = seed, compute
-        self.critic = Critic(scorers[config.critic_init])
+        shared = config.critic == "shared"
+        self.critic = Critic(policy if shared else scorers[config.critic_init], shared)
         self.policy_optimiser = Optimiser(policy.parameters(), config.learning_rate, config.max_grad_norm, team=compute.team)
         self.critic_optimiser = Optimiser(
-            self.critic.parameters(), config.critic_learning_rate, config.max_grad_norm, team=compute.team
+            self.critic.own.parameters(), config.critic_learning_rate, config.max_grad_norm, team=compute.team
         )
         self.value_scale: float | None = None
         self.iteration, self.kl_to_anchor = 0, 0.0
@@ -215,11 +216,18 @@ class PPO:
                 tensor[micro, : mask.size(1)]
                 for tensor in (experience.old_logps, experience.old_values, experience.advantages, experience.returns)
             )
-            scores = response_scores(self.policy, batch, self.compute, config.temperature, entropy=True)
+            scores = response_scores(
+                self.policy, batch, self.compute, config.temperature, entropy=True, hidden=self.critic.shared
+            )
             loss, policy = clipped_policy_loss(scores.logps, old_logps, advantages, mask, config.clip_range, count)
-            loss.backward()
-            values = self.critic(batch, self.compute)
-            loss, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+            if scores.hidden is None:
+                loss.backward()
+                values = self.critic(batch, self.compute)
+                loss, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+            else:
+                values = self.critic.read(scores.hidden, batch)
+                of_values, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+                loss = loss + config.value_coef * of_values
             loss.backward()
             assert scores.entropy is not None
             for name, value in {**policy, **critic, "entropy": masked_mean(scores.entropy, mask, count)}.items():
@@ -255,7 +263,7 @@ class PPO:
         """Everything a resumed run needs."""
         return {
             "policy": weights(self.policy),
-            "critic": weights(self.critic),
+            "critic": weights(self.critic.own),
             "policy_optimiser": self.policy_optimiser.state(),
             "critic_optimiser": self.critic_optimiser.state(),
             "value_scale": self.value_scale,
@@ -266,7 +274,7 @@ class PPO:
     def restore(self, state: State) -> None:
         """Put a saved state back."""
         self.policy.load_state_dict(state["policy"], strict=False)
-        self.critic.load_state_dict(state["critic"], strict=False)
+        self.critic.own.load_state_dict(state["critic"], strict=False)
         self.policy_optimiser.restore(state["policy_optimiser"])
         self.critic_optimiser.restore(state["critic_optimiser"])
         self.value_scale = state["value_scale"]

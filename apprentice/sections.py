@@ -174,7 +174,9 @@ class PPOConfig:
     minibatch_size: Count
     temperature: Positive
     max_new_tokens: Count
+    critic: Literal["separate", "shared"]
     critic_init: Name
+    value_coef: Positive
     gamma: Share
     gae_lambda: Share
     whiten: bool

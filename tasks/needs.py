@@ -23,8 +23,9 @@ def fine_tuned(config: Any, init: str) -> Needs:
 
 def by_ppo(config: Any, roles: Sequence[str]) -> Needs:
     """Of PPO with a reward by models of these names."""
-    frozen = dict.fromkeys(("sft", "base", *roles, config.kl_anchor, config.critic_init))
-    return Needs([config.init, config.critic_init], list(frozen), True)
+    critic = [config.critic_init] if config.critic == "separate" else []
+    frozen = dict.fromkeys(("sft", "base", *roles, config.kl_anchor, *critic))
+    return Needs([config.init, *critic], list(frozen), True)
 
 
 def paired(config: Any) -> Needs:

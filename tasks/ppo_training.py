@@ -69,7 +69,7 @@ def ppo_stage(
     stage.say(f"stopped by {result['stopped_by']} after {result['iterations']} iterations")
     metrics = {name: round(v, 6) if isinstance(v, float) else v for name, v in result.items()}
     stage.metrics(metrics)
-    parents = list(dict.fromkeys([config.init, *roles, config.kl_anchor, config.critic_init]))
+    parents = list(dict.fromkeys([*needs.trained, *roles, config.kl_anchor]))
     save_model(stage, stage.name, policy, tokenizer, parents, metrics)
 
 

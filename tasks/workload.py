@@ -58,11 +58,13 @@ def _fine_tuning(config: GatedConfig, data: DataSize) -> Work:
 
 
 def _ppo(params: Params, data: DataSize) -> Work:
-    """Rollouts sampled, scored by reward and anchor, valued and scored by the policy; policy and critic trained on them."""
+    """Rollouts sampled, scored by reward and anchor, valued and scored by the policy; policy and critic trained on them, in
+    one pass where they share a trunk."""
     config = params.srppo
     tokens = config.iterations * config.batch_size * (data.prompt + config.max_new_tokens)
     scorers = {config.reward_target, config.reward_baseline, config.kl_anchor}
-    return Work(2 * config.epochs * tokens, (3 + len(scorers)) * tokens)
+    passes = 2 if config.critic == "separate" else 1
+    return Work(passes * config.epochs * tokens, (3 + len(scorers)) * tokens)
 
 
 def _pairs(params: Params, data: DataSize) -> Work:

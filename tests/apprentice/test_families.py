@@ -41,6 +41,17 @@ def test_padding_and_batch_mates_change_nothing(model: PreTrainedModel, rollout:
     assert torch.allclose(values_of(critic, rollout.batch), values_of(critic, rollout.batch, SMALL), atol=1e-4)
 
 
+def test_a_head_on_the_policys_trunk_reads_the_same_in_the_policys_own_pass(model: PreTrainedModel, rollout: Rollout) -> None:
+    shared, separate = Critic(model, shared=True), Critic(model)
+    torch.nn.init.normal_(shared.head.weight)
+    separate.head.load_state_dict(shared.head.state_dict())
+    scores = response_scores(model, rollout.batch, hidden=True)
+    assert scores.hidden is not None
+    for values in (shared.read(scores.hidden, rollout.batch), shared(rollout.batch)):
+        assert torch.allclose(values, separate(rollout.batch), atol=1e-5) and bool(values.any())
+    assert torch.equal(scores.logps, response_scores(model, rollout.batch).logps)
+
+
 def test_every_weight_gets_a_gradient(model: PreTrainedModel, rollout: Rollout) -> None:
     model.zero_grad()
     response_scores(model, rollout.batch).logps.sum().backward()

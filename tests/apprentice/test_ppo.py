@@ -16,7 +16,7 @@ from apprentice.compute import CPU, Compute
 from apprentice.finite import BadSignError, NumbersError
 from apprentice.health import signs
 from apprentice.losses import clipped_policy_loss
-from apprentice.policy import freeze, response_scores, score, values_of
+from apprentice.policy import freeze, response_scores, score, values_of, weights
 from apprentice.ppo import LEARNT, PPO, Experience, Prompts, Rewarded, TerminalReward
 from apprentice.recorder import Recorder
 from apprentice.rewards import kl_penalty, place, self_reward, sequence_rewards, token_rewards
@@ -355,6 +355,39 @@ def test_S9_training_leaves_the_frozen_models_alone(critic_init: str) -> None:
     assert hash_of(ppo.critic) != critic
 
 
+def test_a_shared_critic_is_a_head_on_the_policys_trunk() -> None:
+    ppo = trainer(critic="shared", critic_init="none such", iterations=2, kl_coef=0.05)
+    assert ppo.critic.trunk is ppo.policy.base_model
+    assert [len(o.parameters) for o in (ppo.policy_optimiser, ppo.critic_optimiser)] == [len(weights(ppo.policy)), 2]
+    policy, head = hash_of(ppo.policy), hash_of(ppo.critic.head)
+    ppo.train(Recorder())
+    assert hash_of(ppo.policy) != policy and hash_of(ppo.critic.head) != head
+    assert ppo.state()["critic"].keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_a_shared_trunk_takes_the_gradient_of_both_losses(budget: int) -> None:
+    """Against two passes of their own through one model, the losses added by hand."""
+    changes = {"batch_size": 16, "minibatch_size": 16, "value_coef": 0.3}
+    ppo = trainer(OTHER, compute=Compute(CPU.device, CPU.dtype, budget), critic="shared", **changes)
+    torch.nn.init.normal_(ppo.critic.head.weight, generator=torch.Generator().manual_seed(0))
+    _, experience = ppo.evaluate(ppo.sample())
+    batch, mask = experience.batch, experience.mask
+    logps = response_scores(ppo.policy, batch).logps
+    loss, _ = clipped_policy_loss(logps, experience.old_logps, experience.advantages, mask, ppo.config.clip_range)
+    hidden = ppo.policy.base_model(input_ids=batch.ids).last_hidden_state
+    values = ppo.critic.head(hidden).squeeze(-1).gather(1, batch.response_positions() - 1)
+    of_values = 0.5 * ((values - experience.returns) ** 2 * mask).sum() / mask.sum()
+    (loss + 0.3 * of_values).backward()
+    wanted, wanted_head = gradient(ppo.policy), gradient(ppo.critic.head)
+    ppo.critic.zero_grad()
+    ppo.policy.zero_grad()
+    found, of_critic, figures = gradient_of_update(ppo, experience)
+    assert figures["value_loss"] == pytest.approx(float(of_values), rel=1e-4)
+    assert relative_error(found, wanted) < 1e-4 and relative_error(of_critic[-len(wanted_head) :], wanted_head) < 1e-4
+    assert wanted_head.norm() > 0
+
+
 def test_S10_the_sampling_temperature_moves_the_ratio_and_the_kl_but_not_the_reward() -> None:
     rows = [trainer(OTHER, temperature=t).evaluate(every_response(OTHER))[0] for t in (1.0, 0.6)]
     for name in ("reward", "reward_std", "reward_content"):
@@ -481,14 +514,15 @@ def test_training_stops_at_the_kl_limit_before_it_learns_more() -> None:
     assert hash_of(ppo.policy) == before
 
 
+@pytest.mark.parametrize("critic", ["separate", "shared"])
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_an_interrupted_run_ends_in_the_same_weights(stop: int) -> None:
+def test_an_interrupted_run_ends_in_the_same_weights(stop: int, critic: str) -> None:
     whole, broken = Keeping(), Keeping(keep_at=stop)
-    undisturbed = trainer(epochs=2)
+    undisturbed = trainer(epochs=2, critic=critic)
     result = undisturbed.train(whole)
     with pytest.raises(Interrupted):
-        trainer(epochs=2).train(broken)
-    resumed, ppo = Keeping(saved=broken.saved), trainer(policy=99, epochs=2)
+        trainer(epochs=2, critic=critic).train(broken)
+    resumed, ppo = Keeping(saved=broken.saved), trainer(policy=99, epochs=2, critic=critic)
     assert ppo.train(resumed) == result
     assert hash_of(ppo.policy) == hash_of(undisturbed.policy)
     assert hash_of(ppo.critic) == hash_of(undisturbed.critic)

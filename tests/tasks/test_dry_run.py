@@ -14,6 +14,7 @@ from apprentice.footprint import footprint, shape_of
 from apprentice.lora import adapter_shape
 from tasks import preset
 from tasks.dry_run import dry_run
+from tasks.needs import Needs, by_ppo
 from tasks.preset import in_force
 from tasks.stage import ROOT
 from tasks.workload import DataSize, Work, main_line
@@ -54,6 +55,7 @@ def test_tokens_of_each_stage_by_hand(params: Callable[..., Params]) -> None:
     assert found["sft_tuned"] == Work(50, 20)
     # 16 rollouts of 10: policy and critic, three epochs; sampled, valued, scored by itself, by sft and by base
     assert found["srppo"] == Work(2 * 3 * 160, 5 * 160)
+    assert main_line(params(**SIZES, **{"srppo.critic": "shared"}), DATA)["srppo"] == Work(3 * 160, 5 * 160)
     assert found["pairs"] == Work(0, 8 * 10 * 3)
     # 2 prompts of 2 pairs, both sides of 10
     assert found["rso"] == Work(2 * 80, 80)
@@ -121,6 +123,15 @@ def test_its_figures_are_those_of_the_stages(params: Callable[..., Params]) -> N
         "rso": footprint([shape], [shape], compute, False).memory / 2**20,
     }
     assert {name: lines[name] for name in mebibytes} == {name: f"{value:.1f} MiB" for name, value in mebibytes.items()}
+
+
+def test_a_shared_critic_is_no_model_of_its_own(params: Callable[..., Params]) -> None:
+    separate, shared = (
+        by_ppo(params(**{"srppo.critic": critic, "srppo.critic_init": "raft"}).srppo, ("sft", "base"))
+        for critic in ("separate", "shared")
+    )
+    assert separate == Needs(["sft", "raft"], ["sft", "base", "raft"], True)
+    assert shared == Needs(["sft"], ["sft", "base"], True)
 
 
 def test_with_adapters_one_trunk_is_counted(params: Callable[..., Params]) -> None:

@@ -178,13 +178,18 @@ def make_toy(root: Path) -> Project:
     toy.path("methods/dvc.yaml").write_text(yaml.safe_dump(methods(), sort_keys=False))
     toy.path("methods/dvc.lock").unlink(missing_ok=True)
     toy.path("worker.py").write_text(WORKER)
-    head, begins, rest = toy.path("tasks/warm.py").read_text().partition("def _load() -> None:\n")
-    rest = rest[rest.index("\n\n\n") :]
-    toy.path("tasks/warm.py").write_text(f"{head}{begins}    import colorsys  # stands for torch, which takes seconds{rest}")
+    load_little(toy)
     toy.path("salt").write_text("a")
     toy.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
     knobs(toy)
     return toy
+
+
+def load_little(project: Project) -> None:
+    """Let its warm Python load `colorsys` in place of torch, which takes seconds."""
+    head, begins, rest = project.path("tasks/warm.py").read_text().partition("def _load() -> None:\n")
+    rest = rest[rest.index("\n\n\n") :]
+    project.path("tasks/warm.py").write_text(f"{head}{begins}    import colorsys  # stands for torch{rest}")
 
 
 def knobs(toy: Project, **values: Any) -> None:

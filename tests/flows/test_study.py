@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import Project, copy_project
-from tests.toy import PROC, begin, begun_in, run, runs, wait_for, with_stores
+from tests.toy import PROC, begin, begun_in, load_little, run, runs, wait_for, with_stores
 
 # Accuracy is strength / 4: of sft its epochs less the seed. What ran is noted in $RUNS.
 WORKER = """
@@ -87,6 +87,7 @@ def toy(tmp_path: Path) -> Project:
     for name, content in files.items():
         toy.path(name).write_text(yaml.safe_dump(content, sort_keys=False))
     toy.path("worker.py").write_text(WORKER)
+    load_little(toy)
     toy.path("README.md").write_text("before\n<!-- study:begin -->\nold\n<!-- study:end -->\nafter\n")
     toy.path("pipelines.dvc").unlink()
     toy.path(".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
 from apprentice.epochs import Figures, train_epochs
-from apprentice.health import displaced
 from apprentice.losses import contrastive_loss, sign_rewards
 from apprentice.masking import check_shape, masked_sum
 from apprentice.method_sections import CoPGConfig
@@ -81,8 +80,7 @@ def optimise_contrast(
     def step(rows: list[int]) -> Figures:
         return contrast_step(policy, groups, rows, config.beta, compute)
 
-    size = len(groups.rewards)
-    return train_epochs(policy, size, step, config, seed=seed, recorder=recorder, signs=displaced, team=compute.team).means
+    return train_epochs(policy, len(groups.rewards), step, config, seed=seed, recorder=recorder, team=compute.team).means
 
 
 def contrast_step(policy: PreTrainedModel, groups: Groups, rows: list[int], beta: float, compute: Compute) -> Figures:

@@ -1,13 +1,14 @@
 """The loop of every training from a fixed table: epochs over shuffled rows, one optimiser step a batch, resumable anywhere."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from apprentice.finite import NumbersError, all_finite, listed
+from apprentice.health import displaced
 from apprentice.optimise import Optimiser, linear_decay
 from apprentice.policy import weights
 from apprentice.recorder import Recorder, Row, State
@@ -46,12 +47,10 @@ def train_epochs(
     seed: str,
     recorder: Recorder,
     after: EpochEnd | None = None,
-    signs: Callable[[Figures, Sequence[Row]], list[str]] = lambda figures, before: [],
     team: Team = ALONE,
 ) -> Trained:
     """Train `model` in place on `size` rows; `step` gathers the gradient of a batch of row numbers and returns its figures: of
-    a team each process gathers a share, and the figures are the sums. `signs` tells from them, and from the rows before, what
-    goes wrong, before the step is taken.
+    a team each process gathers a share, and the figures are the sums. A sign in them is told before the step is taken.
 
     Rows of the recorder: what `after` measures (at an epoch's end), the step's figures, grad_norm, learning_rate, epoch.
     Raises ValueError for no rows; NumbersError at a figure or gradient that is not finite, by the recorder's rule, and at a
@@ -81,7 +80,7 @@ def train_epochs(
         row: Row = {**figures, "grad_norm": optimiser.clip(), "learning_rate": optimiser.rate}
         where = f"step {done + 1} of {total}"
         if recorder.takes(where, row):
-            for sign in signs(figures, recorder.rows):
+            if sign := displaced(figures, recorder.rows):
                 recorder.bad_sign(f"{where}: {sign}")
             optimiser.step()
             tail = [*tail, figures][-batches:]
@@ -92,9 +91,7 @@ def train_epochs(
         if after:
             found: dict[str, Any] = dict.fromkeys(after.names)
             if place == batches - 1:
-                found = after.measure()
-                if not all_finite(found):
-                    raise NumbersError(f"after epoch {epoch + 1} of {config.epochs}: {listed(found)}")
+                found = _measured(after, f"after epoch {epoch + 1} of {config.epochs}")
                 measured = [*measured, found]
                 if after.keep(measured):
                     kept, best = epoch + 1, {name: tensor.clone() for name, tensor in weights(model).items()}
@@ -105,3 +102,10 @@ def train_epochs(
         model.load_state_dict(best, strict=False)
     means = {name: sum(row[name] for row in tail) / len(tail) for name in tail[0]}
     return Trained(means, measured, kept)
+
+
+def _measured(after: EpochEnd, where: str) -> Figures:
+    found = after.measure()
+    if not all_finite(found):
+        raise NumbersError(f"{where}: {listed(found)}")
+    return found

@@ -17,14 +17,18 @@ def signs(figures: Mapping[str, float], before: Sequence[Row], config: PPOConfig
     return [text for name, text in _found(figures, start, config).items() if name not in told]
 
 
-def displaced(figures: Mapping[str, float], before: Sequence[Row]) -> list[str]:
-    """Off-policy, where no KL is measured: the text learnt from lost more likelihood than in any row `before`."""
-    if figures["displacement"] <= FAR_NATS or any((past["displacement"] or 0.0) > FAR_NATS for past in before):
-        return []
-    return [
+def displaced(figures: Mapping[str, float], before: Sequence[Row]) -> str | None:
+    """Off-policy, where no KL is measured: that the text learnt from lost far more likelihood than in any row `before`."""
+    if not _far(figures) or any(map(_far, before)):
+        return None
+    return (
         f"the responses learnt from lost {figures['displacement']:.3g} nats each against the reference: the policy runs away "
         "from them to text that nobody rated. Lower learning_rate or epochs, or hold it closer: a higher gamma or beta"
-    ]
+    )
+
+
+def _far(figures: Mapping[str, float | None]) -> bool:
+    return (figures.get("displacement") or 0.0) > FAR_NATS
 
 
 def _found(figures: Mapping[str, float], start: Mapping[str, float], config: PPOConfig) -> dict[str, str]:

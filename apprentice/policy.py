@@ -30,8 +30,8 @@ class ResponseScores:
     hidden: what the trunk ends with, [B, positions, width], or None."""
 
     logps: Tensor
-    entropy: Tensor | None = None
-    hidden: Tensor | None = None
+    entropy: Tensor | None
+    hidden: Tensor | None
 
 
 def checkpoint_arguments(folder: Path) -> dict[str, Any]:
@@ -126,16 +126,13 @@ def response_scores(
     width = batch.ids.size(1)
     keep = torch.arange(first - 1, width - 1, device=batch.ids.device)
     with compute.autocast():
-        wanted = {"output_hidden_states": True} if hidden else {}
-        found = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep, **wanted)
+        found = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep, output_hidden_states=hidden)
     logits = found.logits / temperature if temperature != 1.0 else found.logits
     columns, mask = batch.response_positions() - first, batch.mask
     logps = token_logps(logits, batch.ids[:, first:]).gather(1, columns) * mask
-    last = found.hidden_states[-1] if hidden else None
-    if not entropy:
-        return ResponseScores(logps, hidden=last)
     with torch.no_grad():
-        return ResponseScores(logps, token_entropy(logits.detach()).gather(1, columns) * mask, last)
+        nats = token_entropy(logits.detach()).gather(1, columns) * mask if entropy else None
+    return ResponseScores(logps, nats, found.hidden_states[-1] if hidden else None)
 
 
 def _logps(model: PreTrainedModel, batch: Batch, rows: list[int], compute: Compute, temperature: float) -> list[Tensor]:

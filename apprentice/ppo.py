@@ -221,14 +221,12 @@ class PPO:
             )
             loss, policy = clipped_policy_loss(scores.logps, old_logps, advantages, mask, config.clip_range, count)
             if scores.hidden is None:
-                loss.backward()
-                values = self.critic(batch, self.compute)
-                loss, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+                loss.backward()  # what it kept is gone before the critic's pass
+                loss, weight, values = loss.detach(), 1.0, self.critic(batch, self.compute)
             else:
-                values = self.critic.read(scores.hidden, batch)
-                of_values, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
-                loss = loss + config.value_coef * of_values
-            loss.backward()
+                weight, values = config.value_coef, self.critic.read(scores.hidden, batch)
+            of_values, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+            (loss + weight * of_values).backward()
             assert scores.entropy is not None
             for name, value in {**policy, **critic, "entropy": masked_mean(scores.entropy, mask, count)}.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)

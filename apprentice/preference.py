@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
 from apprentice.epochs import Figures, train_epochs
-from apprentice.health import displaced
 from apprentice.losses import preference_loss
 from apprentice.masking import masked_sum
 from apprentice.policy import response_scores, score
@@ -51,8 +50,7 @@ def optimise_preferences(
     def step(rows: list[int]) -> Figures:
         return preference_step(policy, pairs, rows, config, compute)
 
-    size = len(pairs.chosen.ids)
-    trained = train_epochs(policy, size, step, config, seed=seed, recorder=recorder, signs=displaced, team=compute.team)
+    trained = train_epochs(policy, len(pairs.chosen.ids), step, config, seed=seed, recorder=recorder, team=compute.team)
     return {name: trained.means[name] for name in ("loss", "accuracy", "margin")}
 
 

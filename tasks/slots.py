@@ -79,7 +79,7 @@ def slots_of(params: Params) -> Slots:
     gpus = cuda_devices() if compute.device in ("auto", "cuda") else []
     if gpus and len(gpus) < size:
         raise ValueError(f"compute.processes: {size} processes need a CUDA device each, and {len(gpus)} can be seen")
-    teams = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)] if gpus else []
+    teams = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)]
     count = params.runtime.parallel_stages or len(teams) or max(1, cores() // (compute.threads * size))
     return Slots([{"CUDA_VISIBLE_DEVICES": teams[i % len(teams)]} if teams else {} for i in range(count)])
 

@@ -41,7 +41,9 @@ class Logits(nn.Module):
         self.logits = nn.Parameter(torch.randn(*shape))
         self.eval()
 
-    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool) -> object:
+    def forward(
+        self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool, output_hidden_states: bool
+    ) -> object:
         return type("Output", (), {"logits": self.logits[:, logits_to_keep]})
 
 

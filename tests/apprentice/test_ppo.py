@@ -383,7 +383,7 @@ def test_a_shared_trunk_takes_the_gradient_of_both_losses(budget: int) -> None:
     ppo.critic.zero_grad()
     ppo.policy.zero_grad()
     found, of_critic, figures = gradient_of_update(ppo, experience)
-    assert figures["value_loss"] == pytest.approx(float(of_values), rel=1e-4)
+    assert figures["value_loss"] == pytest.approx(of_values.item(), rel=1e-4)
     assert relative_error(found, wanted) < 1e-4 and relative_error(of_critic[-len(wanted_head) :], wanted_head) < 1e-4
     assert wanted_head.norm() > 0
 

@@ -220,7 +220,9 @@ class Table:
         generator = torch.Generator().manual_seed(seed)
         self.logits = torch.randn(*batch.ids.shape, 4, generator=generator).requires_grad_(True)
 
-    def __call__(self, input_ids: Tensor, use_cache: bool, logits_to_keep: Tensor) -> SimpleNamespace:
+    def __call__(
+        self, input_ids: Tensor, use_cache: bool, logits_to_keep: Tensor, output_hidden_states: bool
+    ) -> SimpleNamespace:
         return SimpleNamespace(logits=self.logits[:, logits_to_keep])
 
 

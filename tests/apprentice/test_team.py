@@ -126,7 +126,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def close(folder: Path, got: str, wanted: str, tolerance: float) -> None:
+def compared(folder: Path, got: str, wanted: str, tolerance: float) -> int:
+    """Compare what two processes found; how many tensors that were."""
     found, other = load_file(folder / got), load_file(folder / wanted)
     assert found.keys() == other.keys()
     for name in other:
@@ -135,24 +136,25 @@ def close(folder: Path, got: str, wanted: str, tolerance: float) -> None:
     assert len(rows) == len(others)
     for row, other_row in zip(rows, others, strict=True):
         assert row == pytest.approx(other_row, abs=tolerance)
+    return len(found)
 
 
 @pytest.mark.parametrize("name", ["sft", "preference", "srppo", "whole_srppo"])
 def test_two_processes_train_as_one(name: str, folder: Path) -> None:
     assert json.loads((folder / f"1-0-{name}.json").read_text())
-    close(folder, f"2-0-{name}", f"1-0-{name}", 1e-5)
-    close(folder, f"2-1-{name}", f"2-0-{name}", 0.0)  # each has the same weights to the bit
+    assert compared(folder, f"2-0-{name}", f"1-0-{name}", 1e-5)
+    assert compared(folder, f"2-1-{name}", f"2-0-{name}", 0.0)  # each has the same weights to the bit
 
 
 @pytest.mark.parametrize("process", ["2-0", "2-1", "3-0", "3-1", "3-2"])
 def test_texts_and_scores_are_the_same_to_the_bit_for_any_number_of_processes(process: str, folder: Path) -> None:
-    close(folder, f"{process}-sampling", "1-0-sampling", 0.0)
+    assert compared(folder, f"{process}-sampling", "1-0-sampling", 0.0)
 
 
 @pytest.mark.parametrize("process", ["2-0", "2-1", "3-0"])
 def test_a_snapshot_goes_on_in_another_number_of_processes(process: str, folder: Path) -> None:
     """Of one process in two, of two in three."""
-    close(folder, f"{process}-gone on", "1-0-sft", 1e-5)
+    assert compared(folder, f"{process}-gone on", "1-0-sft", 1e-5)
 
 
 def test_a_share_is_every_so_many_and_all_are_shared() -> None:

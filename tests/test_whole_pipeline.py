@@ -134,7 +134,7 @@ def test_killed_stages_go_on_and_end_with_the_same_bytes(built: Any) -> None:
     lock = project.path("dvc.lock").read_bytes()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, **own_stores(project), "PYTHONPATH": str(project.root), "PATH": path}
-    stages = ["srppo", "pairs", "evaluate@srppo"]
+    stages = ["pretrain", "sft", "srppo", "pairs", "rso", "evaluate@srppo"]
     records = list(chaos(project, len(stages), 0, environment, stages))
     assert all(record.good for record in records) and any(record.hit.saved for record in records), table(records, 0)
     assert project.path("dvc.lock").read_bytes() == lock and "up to date" in dvc(project, "status", "dvc.yaml").stdout

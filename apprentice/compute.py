@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
+from apprentice.packing import Shelf
 from apprentice.sections import ComputeConfig
 from apprentice.team import ALONE, Team
 
@@ -25,9 +26,9 @@ def keep_nothing(make: Callable[[], Piece]) -> Piece:
 @dataclass(frozen=True)
 class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
-    cache while sampling; attention and gradient checkpointing as in params. `keep` makes each piece of sampling and scoring,
-    or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same order
-    again, so never while a model is trained. `team`: the processes that share each batch and all pieces."""
+    cache while sampling; attention, gradient checkpointing and packing as in params. `keep` makes each piece of sampling and
+    scoring, or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same
+    order again, so never while a model is trained. `team`: the processes that share each batch and all pieces."""
 
     device: torch.device
     dtype: torch.dtype
@@ -36,6 +37,7 @@ class Compute:
     keep: Callable[[Callable[[], Piece]], Piece] = keep_nothing
     attention: str = "auto"
     gradient_checkpointing: bool = False
+    packing: bool = False
     team: Team = ALONE
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -64,18 +66,26 @@ class Compute:
         return self.team.mine(list(self.micro_batches(lengths)))
 
     def micro_batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
-        """Split row numbers into groups of similar length, each within `budget` tokens once padded (None: `forward_tokens`);
-        longest group first."""
-        budget = budget or self.forward_tokens
-        order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-        group: list[int] = []
-        for row in order:
-            if group and (len(group) + 1) * lengths[group[0]] > budget:
+        """Split row numbers into groups of similar length, each within `budget` tokens once padded, or (None) within
+        `forward_tokens` once laid out, packed where `packing` says so; longest group first."""
+        packing, budget = self.packing and budget is None, budget or self.forward_tokens
+        group, shelf = list[int](), Shelf(1)
+        for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+            taken = lengths[row] if packing else shelf.width
+            if group and not shelf.fits(taken, budget // shelf.width):
                 yield group
                 group = []
+            if not group:
+                shelf = Shelf(max(budget, lengths[row]) if packing and self.one_row else lengths[row])
+            shelf.place(lengths[row] if packing else shelf.width)
             group.append(row)
         if group:
             yield group
+
+    @property
+    def one_row(self) -> bool:
+        """Whether packed sequences all stand in one row: flash attention keeps them apart there only, and at no cost."""
+        return self.attention == "flash_attention_2"
 
 
 def _place(made: Callable[[], list[Piece]], number: int) -> Piece:
@@ -118,6 +128,7 @@ def resolve(config: ComputeConfig) -> Compute:
         config.cache_tokens,
         attention=config.attention,
         gradient_checkpointing=config.gradient_checkpointing,
+        packing=config.packing,
     )
 
 

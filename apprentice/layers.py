@@ -1,9 +1,10 @@
-"""How the layers of a model compute: by which attention, and whether their activations are kept or computed again."""
+"""How the layers of a model compute: by which attention, whether activations are kept or computed again, and packed or not."""
 
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,6 +20,8 @@ def set_layers(model: Model, compute: Compute) -> Model:
         _use_attention(model, compute.attention)
     if compute.gradient_checkpointing:
         _recompute(model)
+    if compute.packing:
+        _check_apart(model, compute)
     return model
 
 
@@ -52,3 +55,19 @@ def _recomputed(kind: Any) -> Any:
         return checkpoint(kind.forward, self, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
     return type(kind.__name__, (kind,), {"forward": forward})
+
+
+@torch.no_grad()
+def _check_apart(model: PreTrainedModel, compute: Compute) -> None:
+    """A sequence packed behind another must have the logits it has alone, and the other's tokens no say in them."""
+
+    def logits(*sequences: list[int]) -> Tensor:
+        ids = torch.tensor([[token for ids in sequences for token in ids]], device=model.device)
+        positions = torch.tensor([[place for ids in sequences for place in range(len(ids))]], device=model.device)
+        with compute.autocast():
+            found: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, -2:]
+        return found.float()
+
+    one, other, by_itself = logits([0, 1], [2, 0]), logits([1, 2], [2, 0]), logits([2, 0])
+    if not torch.equal(one, other) or float((one - by_itself).abs().max()) > 0.01 * float(by_itself.std()):
+        raise ValueError(f"compute.packing: {type(model).__name__} does not keep packed sequences apart; set it to false")

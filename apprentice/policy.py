@@ -18,6 +18,7 @@ from apprentice.compute import CPU, Compute
 from apprentice.demonstrations import atomic_folder
 from apprentice.foreign_checkpoint import inspect_checkpoint
 from apprentice.layers import set_layers
+from apprentice.packing import Layout, alone, packed
 from apprentice.tokens import Batch
 
 disable_progress_bar()  # loading bars would drown the stages' own lines
@@ -27,11 +28,12 @@ PINNED = "pinned.json"  # in a model folder: the checkpoint stands elsewhere, na
 @dataclass(frozen=True)
 class ResponseScores:
     """logps: [B, T] log-probabilities of the response tokens, fp32, 0 in the padding. entropy: [B, T] nats, or None.
-    hidden: what the trunk ends with, [B, positions, width], or None."""
+    hidden: what the trunk ends with, [R, W, width] where `layout` says, or None."""
 
     logps: Tensor
     entropy: Tensor | None
     hidden: Tensor | None
+    layout: Layout
 
 
 def checkpoint_arguments(folder: Path) -> dict[str, Any]:
@@ -106,6 +108,14 @@ def token_entropy(logits: Tensor) -> Tensor:
     return -(logps.exp() * logps).sum(-1)
 
 
+def layout(batch: Batch, compute: Compute) -> Layout:
+    """How a model reads a batch: a row for each of its own, or packed."""
+    if not compute.packing:
+        return alone(batch.ids)
+    lengths = batch.lengths()
+    return packed(batch.ids, lengths, sum(lengths) if compute.one_row else max(lengths))
+
+
 def response_scores(
     model: PreTrainedModel,
     batch: Batch,
@@ -116,23 +126,21 @@ def response_scores(
 ) -> ResponseScores:
     """Score the response tokens of a batch in one forward pass, with gradient where the model takes one.
 
-    The logits of token t come from the position before it; positions before the shortest prompt's end are never
-    projected to the vocabulary. The entropy carries no gradient. Raises ValueError for a model in training mode, whose
-    dropout would make equal models differ.
+    The logits of token t come from the position before it; positions before the shortest prompt's end, packed those of any
+    prompt's, are never projected to the vocabulary. The entropy carries no gradient. Raises ValueError for a model in
+    training mode, whose dropout would make equal models differ.
     """
     if model.training:
         raise ValueError("response_scores: the model is in training mode; call .eval(), gradients flow all the same")
-    first = int(batch.prompt_lengths.min())
-    width = batch.ids.size(1)
-    keep = torch.arange(first - 1, width - 1, device=batch.ids.device)
+    laid, mask, columns = layout(batch, compute), batch.mask, batch.response_positions() - 1
+    kept = laid.kept(columns, mask)
     with compute.autocast():
-        found = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep, output_hidden_states=hidden)
+        found = model(**laid.inputs, use_cache=False, logits_to_keep=kept, output_hidden_states=hidden)
     logits = found.logits / temperature if temperature != 1.0 else found.logits
-    columns, mask = batch.response_positions() - first, batch.mask
-    logps = token_logps(logits, batch.ids[:, first:]).gather(1, columns) * mask
+    logps = laid.take(token_logps(logits, laid.ids[:, kept + 1]), columns, kept) * mask
     with torch.no_grad():
-        nats = token_entropy(logits.detach()).gather(1, columns) * mask if entropy else None
-    return ResponseScores(logps, nats, found.hidden_states[-1] if hidden else None)
+        nats = laid.take(token_entropy(logits.detach()), columns, kept) * mask if entropy else None
+    return ResponseScores(logps, nats, found.hidden_states[-1] if hidden else None, laid)
 
 
 def _logps(model: PreTrainedModel, batch: Batch, rows: list[int], compute: Compute, temperature: float) -> list[Tensor]:
@@ -175,14 +183,15 @@ class Critic(nn.Module):
 
     def forward(self, batch: Batch, compute: Compute = CPU) -> Tensor:
         """[B, T] values, each read at the position before its token is produced; 0 in the padding."""
+        laid = layout(batch, compute)
         with compute.autocast():
-            hidden = self.trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return self.read(hidden, batch)
+            hidden = self.trunk(**laid.inputs, use_cache=False).last_hidden_state
+        return self.read(hidden, laid, batch)
 
-    def read(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The same from what the trunk ends with, [B, positions, width]."""
+    def read(self, hidden: Tensor, laid: Layout, batch: Batch) -> Tensor:
+        """The same from what the trunk ends with, [R, W, width]."""
         values: Tensor = self.head(hidden.float()).squeeze(-1)
-        return values.gather(1, batch.response_positions() - 1) * batch.mask
+        return laid.take(values, batch.response_positions() - 1) * batch.mask
 
 
 @torch.no_grad()

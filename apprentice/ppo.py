@@ -224,7 +224,7 @@ class PPO:
                 loss.backward()  # what it kept is gone before the critic's pass
                 loss, weight, values = loss.detach(), 1.0, self.critic(batch, self.compute)
             else:
-                weight, values = config.value_coef, self.critic.read(scores.hidden, batch)
+                weight, values = config.value_coef, self.critic.read(scores.hidden, scores.layout, batch)
             of_values, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
             (loss + weight * of_values).backward()
             assert scores.entropy is not None

@@ -18,6 +18,7 @@ class ComputeConfig:
     cache_tokens: Count
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
     gradient_checkpointing: bool
+    packing: bool
 
 
 @dataclass(frozen=True)

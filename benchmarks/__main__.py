@@ -14,6 +14,7 @@ FAMILIES = {  # what measures each family, and its rounds
     "dpo": ("fine_tuning:dpo", 5),
     "sampling": ("sampling:family", 3),
     "scoring": ("scoring:family", 5),
+    "packing": ("packing:family", 5),
     "rejection": ("rejection:family", 5),
     "tables": ("tables:family", 1),
     "limit": ("limit:family", 3),

@@ -22,7 +22,7 @@ def section(**changes: Any) -> ComputeConfig:
         "forward_tokens": 8,
         "cache_tokens": 9,
     }
-    return ComputeConfig(**{**entries, "attention": "auto", "gradient_checkpointing": False, **changes})
+    return ComputeConfig(**{**entries, "attention": "auto", "gradient_checkpointing": False, "packing": False, **changes})
 
 
 @pytest.fixture
@@ -85,9 +85,9 @@ def test_autocast_casts_products_and_leaves_float32_alone(torch_settings: None) 
 
 
 def test_a_device_elsewhere_is_resolved_without_being_here() -> None:
-    there = resolve(section(device="cuda", forward_tokens=None, attention="sdpa", gradient_checkpointing=True))
+    there = resolve(section(device="cuda", forward_tokens=None, attention="sdpa", gradient_checkpointing=True, packing=True))
     assert (there.device.type, there.dtype, there.forward_tokens) == ("cuda", torch.bfloat16, 16384)
-    assert there.attention == "sdpa" and there.gradient_checkpointing
+    assert there.attention == "sdpa" and there.gradient_checkpointing and there.packing
 
 
 def test_flash_attention_names_what_it_lacks(torch_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:

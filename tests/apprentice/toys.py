@@ -25,6 +25,9 @@ from apprentice.tokens import Batch, collate
 
 END, LIMIT, VOCAB = 3, 3, 4
 SMALL = Compute(CPU.device, CPU.dtype, forward_tokens=1, cache_tokens=1)  # one row a forward pass
+PACKED = Compute(CPU.device, CPU.dtype, forward_tokens=24, packing=True)
+ONE_ROW = Compute(CPU.device, CPU.dtype, forward_tokens=40, packing=True, attention="flash_attention_2")  # its layout
+LAYOUTS = {"rows": SMALL, "packed": PACKED, "one_row": ONE_ROW}
 
 
 def tiny_llama(seed: int, vocab: int = VOCAB, **changes: Any) -> LlamaForCausalLM:

@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_UPDATE_DOWNLOAD_COUNTS = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run methods test test-fast chaos fuzz check format audit preset ui bench
+.PHONY: help setup run methods test test-fast chaos fuzz check format audit preset ui bench bench-gpu
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -53,6 +53,9 @@ fuzz: setup   ## broken bytes through the readers of `ingest`, each for SECONDS:
 
 bench: setup  ## speed side by side with peers, into benchmarks/results.json: make bench ONLY=ppo RUNS=3
 	@PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(RUNS),--runs $(RUNS))
+
+bench-gpu: setup  ## what one CUDA device reaches at the shapes of a 0.5B and a 7B model, into benchmarks/gpu.json
+	@$(BIN)/python -m benchmarks.gpu
 
 check: setup  ## ruff and mypy; edits nothing
 	@$(BIN)/python -m ruff format --check .

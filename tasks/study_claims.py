@@ -12,7 +12,7 @@ from tasks.intervals import t_interval
 from tasks.report_markdown import table
 from tasks.report_metrics import metric_of
 from tasks.study_figures import Figures
-from tasks.study_plan import Claim, Study, seeds_of, split
+from tasks.study_plan import Claim, Study, split
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not settled"
 PLACES = 6  # decimals of what is published; verdicts go by these
@@ -29,8 +29,7 @@ TITLES = {
 
 def judge(claim: Claim, study: Study, figures: Figures, seeds: int) -> dict[str, Any]:
     """One entry of claims.json: the claim, its effect over the seeds that its runs take, and the verdict."""
-    caps = [study.runs[split(name)[0]].seeds or seeds for name in claim.effect]
-    taken = list(seeds_of(min(seeds, *caps)))
+    taken = sorted(set.intersection(*(set(study.runs[split(name)[0]].seeds_of(seeds)) for name in claim.effect)))
     missing = sorted({gap for seed in taken for gap in _gaps(claim, figures, seed)})
     by_seed = [] if missing else [effect_of(claim, figures, seed) for seed in taken]
     interval = t_interval(by_seed) if by_seed else {"mean": None, "low": None, "high": None}

@@ -21,12 +21,18 @@ class StudyError(StageError):
 
 @dataclass(frozen=True)
 class Run:
-    """One set of changes to params.yaml and the models it is measured on (None: all); `seeds` caps how many seeds it takes."""
+    """One set of changes to params.yaml and the models it is measured on (None: all). `seeds` caps how many seeds it takes,
+    from `first_seed` on: later ones put to the test what the first have suggested."""
 
     name: str
     changes: dict[str, Any]
     measure: tuple[str, ...] | None
     seeds: int | None
+    first_seed: int = FIRST_SEED
+
+    def seeds_of(self, count: int) -> range:
+        """The seeds it takes of a study of `count`."""
+        return range(self.first_seed, self.first_seed + min(count, self.seeds or count))
 
 
 @dataclass(frozen=True)
@@ -126,9 +132,9 @@ def _expect(raw: Any, what: str, keys: set[str], optional: Iterable[str] = ()) -
 
 
 def _run(name: str, raw: Any) -> Run:
-    _expect(raw, f"run {name}", {"set", "measure"}, ["seeds"])
+    _expect(raw, f"run {name}", {"set", "measure"}, ["seeds", "first_seed"])
     measure = None if raw["measure"] == "all" else tuple(raw["measure"])
-    return Run(name, dict(raw["set"]), measure, raw.get("seeds"))
+    return Run(name, dict(raw["set"]), measure, raw.get("seeds"), raw.get("first_seed", FIRST_SEED))
 
 
 def _claim(raw: Any) -> Claim:
@@ -181,7 +187,7 @@ def seeds_of(count: int) -> range:
 
 
 def jobs_of(study: Study, seeds: int, only: Sequence[str] = ()) -> list[Job]:
-    """Every run with the first `seeds` seeds: the main run with all its seeds, then the others seed by seed.
+    """Every run with its first `seeds` seeds: the main run with all of them, then the others seed by seed.
 
     `only` names runs to take; the others are left out.
     """
@@ -189,8 +195,8 @@ def jobs_of(study: Study, seeds: int, only: Sequence[str] = ()) -> list[Job]:
         if name not in study.runs:
             raise StudyError(f"no run {name!r} in {CLAIMS}; there are {', '.join(study.runs)}")
     runs = [run for run in study.runs.values() if not only or run.name in only]
-    jobs = [Job(run, seed) for seed in seeds_of(seeds) for run in runs if run.seeds is None or seed in seeds_of(run.seeds)]
-    return sorted(jobs, key=lambda job: job.run.name != MAIN)
+    jobs = [Job(run, seed) for run in runs for seed in run.seeds_of(seeds)]
+    return sorted(jobs, key=lambda job: (job.run.name != MAIN, job.seed))
 
 
 def with_changes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from tasks.dvcstage import read_stages
 from tasks.stage import ROOT, read_params, write_json
 from tasks.study_claims import document, judge
 from tasks.study_figures import Figures, read_figures
-from tasks.study_plan import CLAIMS, FIRST_SEED, StudyError, main_models, read_study
+from tasks.study_plan import CLAIMS, Study, StudyError, main_models, read_study
 from tasks.study_plots import draw
 from tasks.study_runs import git
 from tasks.study_table import learned_from, renew_readme, results
@@ -22,7 +22,7 @@ def publish(seeds: int | None = None) -> str:
     """
     study, figures = read_study(), read_figures()
     if seeds is None:
-        seeds = count_seeds(figures)
+        seeds = count_seeds(study, figures)
     labels = learned_from(main_models(read_params()), read_stages())
     judged = [(claim, judge(claim, study, figures, seeds)) for claim in study.claims]
     write_json(FOLDER / "claims.json", [one for _, one in judged])
@@ -37,9 +37,9 @@ def publish(seeds: int | None = None) -> str:
     return text
 
 
-def count_seeds(figures: Figures) -> int:
+def count_seeds(study: Study, figures: Figures) -> int:
     """How many seeds of the study it takes to have all that the figures are of."""
-    return max((int(seed) - FIRST_SEED + 1 for run in figures.values() for seed in run), default=0)
+    return max((int(seed) - study.runs[run].first_seed + 1 for run in study.runs for seed in figures.get(run, {})), default=0)
 
 
 def committed(path: Path) -> str:

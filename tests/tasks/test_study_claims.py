@@ -180,7 +180,7 @@ def test_readme_has_the_table_that_the_figures_give() -> None:
     if PATH.is_file():
         figures = read_figures()
         labels = learned_from(main_models(read_params()), read_stages())
-        table = results(figures, labels, count_seeds(figures))
+        table = results(figures, labels, count_seeds(read_study(), figures))
         assert put(text, table) == text, "python -m flows.study --report-only renews it"
     else:
         assert BEGIN not in text, "README.md has a place for results, and study/figures.json is missing"
@@ -227,7 +227,20 @@ def test_figures_of_the_seed_that_settings_were_developed_on_enter_nothing() -> 
     assert results(more, LABELS, 3) == results(FIGURES, LABELS, 3)
     for plot in (OVER_RUNS, OVER_MODELS):
         assert draw(plot, more, LABELS, 3) == draw(plot, FIGURES, LABELS, 3) is not None
-    assert count_seeds(more) == count_seeds(FIGURES) == 3 and count_seeds({"main": {"0": {}}}) == count_seeds({}) == 0
+    assert count_seeds(STUDY, more) == count_seeds(STUDY, FIGURES) == 3
+    assert count_seeds(STUDY, {"main": {"0": {}}}) == count_seeds(STUDY, {}) == 0
+
+
+def test_fresh_seeds_are_compared_among_themselves() -> None:
+    """Two runs that begin at seed 6, with the figures of two that begin at 1; over both kinds there is none."""
+    runs = RUNS | {f"late_{name}": replace(RUNS[name], name=f"late_{name}", first_seed=6) for name in ("a", "b")}
+    late: Figures = {f"late_{name}": {f"{int(seed) + 5}": own for seed, own in FIGURES[name].items()} for name in ("a", "b")}
+    study, figures = Study(runs, (), ()), FIGURES | late
+    found = judge(claim(effect={"late_a:rso": 1, "late_b:rso": -1}), study, figures, 3)
+    assert (found["seeds"], found["by_seed"]) == ([6, 7], [0.25, 0.125])
+    mixed = judge(claim(effect={"late_a:rso": 1, "a:rso": -1}), study, figures, 3)
+    assert (mixed["seeds"], mixed["verdict"]) == ([], "not settled")
+    assert count_seeds(study, late) == 3
 
 
 def test_a_plot_without_figures_is_not_drawn() -> None:

@@ -56,7 +56,7 @@ def test_the_claims_of_this_project_can_be_carried_out() -> None:
     study, params = read_study(), parse(raw_params())
     check_named(study, params, (stage.name for stage in read_stages()))
     for job in jobs_of(study, 1):
-        assert params_of(job, raw_params()).seed == 1 and targets_of(job.run, params)
+        assert params_of(job, raw_params()).seed == job.seed > 0 and targets_of(job.run, params)
     assert study.runs[MAIN].measure is None
 
 
@@ -132,7 +132,15 @@ def test_jobs_come_main_first_then_seed_by_seed(tmp_path: Path) -> None:
 
 def test_the_seed_that_settings_were_developed_on_is_no_seed_of_the_study() -> None:
     assert raw_params()["seed"] == 0 and list(seeds_of(3)) == [1, 2, 3]
-    assert {job.seed for job in jobs_of(read_study(), 5)} == {1, 2, 3, 4, 5}
+    assert {job.seed for job in jobs_of(read_study(), 5)} == set(range(1, 11))
+
+
+def test_a_run_may_take_later_seeds(tmp_path: Path) -> None:
+    """Then it shares none with the others, and a claim over both has no figures."""
+    runs = {**RAW["runs"], "c": {"set": {}, "measure": ["sft"], "first_seed": 6, "seeds": 2}}
+    study = study_of(tmp_path, {**RAW, "runs": runs})
+    assert [job.name for job in jobs_of(study, 3, ["b", "c"])] == [f"study-{one}" for one in ("b-1", "b-2", "c-6", "c-7")]
+    assert [list(study.runs["c"].seeds_of(count)) for count in (1, 2, 5)] == [[6], [6, 7], [6, 7]]
 
 
 def test_changes_reach_only_the_entries_named() -> None:

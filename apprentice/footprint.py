@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from apprentice.compute import Compute
+from apprentice.logps import ROOM
 
 TRAINED, FROZEN, SNAPSHOT = 16, 4, 12  # bytes a parameter: in memory, in memory, of weights and moments in a snapshot
 
@@ -77,8 +78,9 @@ def footprint(
 
 
 def _pass(shape: Shape, compute: Compute, training: bool) -> int:
-    """Bytes of one forward pass: logits in float32 and their log-softmax, and with gradients what the way back needs."""
-    logits = compute.forward_tokens * shape.vocabulary * 4 * (3 if training else 2)
+    """Bytes of one forward pass: logits, a piece of them in float32 with two of its size, and what the way back needs."""
+    numbers = compute.forward_tokens * shape.vocabulary
+    logits = numbers * compute.dtype.itemsize * (2 if training else 1) + 3 * 4 * min(numbers, ROOM[compute.device.type])
     layer = 17 * compute.dtype.itemsize * compute.forward_tokens * shape.width
     if training and compute.gradient_checkpointing:
         return logits + layer + 4 * compute.forward_tokens * shape.width * shape.layers

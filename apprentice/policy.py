@@ -18,6 +18,7 @@ from apprentice.compute import CPU, Compute
 from apprentice.demonstrations import atomic_folder
 from apprentice.foreign_checkpoint import inspect_checkpoint
 from apprentice.layers import set_layers
+from apprentice.logps import token_entropy, token_logps
 from apprentice.packing import Layout, alone, packed
 from apprentice.tokens import Batch
 
@@ -96,18 +97,6 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         (partial / "README.md").write_text(card)
 
 
-def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    """log_softmax(logits)[ids] in fp32: logits [..., V], ids [...]."""
-    logits = logits.float()
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the next-token distribution in nats: logits [..., V] to [...]."""
-    logps = logits.float().log_softmax(-1)
-    return -(logps.exp() * logps).sum(-1)
-
-
 def layout(batch: Batch, compute: Compute) -> Layout:
     """How a model reads a batch: a row for each of its own, or packed."""
     if not compute.packing:
@@ -138,8 +127,7 @@ def response_scores(
         found = model(**laid.inputs, use_cache=False, logits_to_keep=kept, output_hidden_states=hidden)
     logits = found.logits / temperature if temperature != 1.0 else found.logits
     logps = laid.take(token_logps(logits, laid.ids[:, kept + 1]), columns, kept) * mask
-    with torch.no_grad():
-        nats = laid.take(token_entropy(logits.detach()), columns, kept) * mask if entropy else None
+    nats = laid.take(token_entropy(logits), columns, kept) * mask if entropy else None
     return ResponseScores(logps, nats, found.hidden_states[-1] if hidden else None, laid)
 
 

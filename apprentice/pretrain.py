@@ -9,10 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute
 from apprentice.layers import set_layers
+from apprentice.logps import token_logps
 from apprentice.losses import next_token_loss
 from apprentice.masking import length_mask
 from apprentice.optimise import Optimiser, flat_then_decay
-from apprentice.policy import token_logps, weights
+from apprentice.policy import weights
 from apprentice.recorder import Recorder, Row, State
 from apprentice.sections import PretrainConfig
 from apprentice.tokens import encode_prompts, encode_responses, pad_id

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from apprentice.compute import CPU, Compute
-from apprentice.policy import token_logps
+from apprentice.logps import token_logps
 from apprentice.tokens import Batch, collate
 
 _LEAVE_SHARE = 0.1  # finished rows leave once they are this share of the batch: each leaving copies the cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apprentice.policy import token_logps
+from apprentice.logps import token_logps
 from benchmarks.ppo import CLIP, EPOCHS, KL, LAMBDA, RATE, WORKLOADS, Workload, figures, order
 from benchmarks.shapes import MADE, Material, computing, material
 from benchmarks.worker import Figures, Prepare

@@ -18,23 +18,32 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, forward_tokens=10, cache_t
 
 
 def test_training_by_hand() -> None:
-    """Logits 10 * 50 * 4 * 3, activations 34 * 2 bytes * 10 * 8 * 2 layers: 16880, more than the cache's 2 * 16 * 100 * 4."""
+    """Logits 10 * 50 * 4 * 2, a piece that is all of them * 3, activations 34 * 2 bytes * 10 * 8 * 2 layers: 20880, more than
+    the cache's 2 * 16 * 100 * 4."""
     found = footprint([SHAPE], [SMALLER], COMPUTE, samples=True)
     assert found.certain == 16 * 1000 + 4 * 10
-    assert found.memory == found.certain + 16880 + 12 * 1000
+    assert found.memory == found.certain + 20880 + 12 * 1000
     assert found.disk == 2 * 4 * 1000 + 2 * 12 * 1000
 
 
 def test_a_snapshot_takes_nothing_of_a_device_beside_the_machines_memory() -> None:
     on_cuda = dataclasses.replace(COMPUTE, device=torch.device("cuda"))
-    assert footprint([SHAPE], [SMALLER], on_cuda, samples=True).memory == 16 * 1000 + 4 * 10 + 16880
+    assert footprint([SHAPE], [SMALLER], on_cuda, samples=True).memory == 16 * 1000 + 4 * 10 + 4000 + 6000 + 10880
 
 
 def test_sampling_by_hand() -> None:
-    """Nothing is written but rows; the cache is larger than a pass of 10 * 50 * 4 * 2 + 68 * 10 * 8."""
-    found = footprint([], [SHAPE, SMALLER], COMPUTE, samples=True)
-    assert (found.certain, found.memory, found.disk) == (4040, 4040 + 12800, 0)
-    assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False).memory == 4040 + 4000 + 5440
+    """Nothing is written but rows; a cache of 200 tokens is larger than a pass of 10 * 50 * 4 * (1 + 3) + 68 * 10 * 8."""
+    found = footprint([], [SHAPE, SMALLER], dataclasses.replace(COMPUTE, cache_tokens=200), samples=True)
+    assert (found.certain, found.memory, found.disk) == (4040, 4040 + 25600, 0)
+    assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False).memory == 4040 + 8000 + 5440
+
+
+def test_of_many_logits_a_piece_is_in_float32() -> None:
+    """In bfloat16 10 * 2^27 numbers of 2 bytes, and 2^26 on a CUDA device three times in float32."""
+    compute = dataclasses.replace(COMPUTE, device=torch.device("cuda"), dtype=torch.bfloat16)
+    large = dataclasses.replace(SHAPE, vocabulary=2**27)
+    found = footprint([], [large], compute, samples=False)
+    assert found.memory == found.certain + 10 * 2**27 * 2 + 3 * 4 * 2**26 + 34 * 10 * 8
 
 
 def test_models_written_untrained_by_hand() -> None:
@@ -46,7 +55,7 @@ def test_activations_computed_again_by_hand() -> None:
     """Those of one layer, 34 * 2 bytes * 10 * 8, and the inputs of both, 4 bytes * 10 * 8 each."""
     again = dataclasses.replace(COMPUTE, gradient_checkpointing=True)
     found = footprint([SHAPE], [SMALLER], again, samples=False)
-    assert found.memory == found.certain + 6000 + 5440 + 640 + 12 * 1000
+    assert found.memory == found.certain + 10000 + 5440 + 640 + 12 * 1000
     assert footprint([], [SHAPE], again, samples=False) == footprint([], [SHAPE], COMPUTE, samples=False)
 
 
@@ -79,7 +88,7 @@ import resource, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from apprentice.footprint import footprint, shape_of
 from apprentice.compute import Compute
-from apprentice.policy import token_logps
+from apprentice.logps import token_logps
 torch.set_num_threads(1)
 config = LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4)
 tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -23,8 +23,6 @@ from apprentice.policy import (
     response_scores,
     save_policy,
     score,
-    token_entropy,
-    token_logps,
     values_of,
     weights,
 )
@@ -45,14 +43,6 @@ class Logits(nn.Module):
         self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, use_cache: bool, output_hidden_states: bool
     ) -> object:
         return type("Output", (), {"logits": self.logits[:, logits_to_keep]})
-
-
-def test_token_logps_and_entropy_by_hand() -> None:
-    logits = torch.tensor([[0.0, math.log(3)], [math.log(9), 0.0]])  # (1/4, 3/4) and (9/10, 1/10)
-    assert token_logps(logits, torch.tensor([1, 1])).tolist() == pytest.approx([math.log(0.75), math.log(0.1)], abs=1e-6)
-    wanted = [-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))]
-    assert token_entropy(logits).tolist() == pytest.approx(wanted, abs=1e-6)
-    assert token_logps(logits.bfloat16(), torch.tensor([1, 1])).dtype == torch.float32
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

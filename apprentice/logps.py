@@ -1,0 +1,59 @@
+"""What is computed over the vocabulary, some rows at a time: float32 numbers of the logits' size never exist at once.
+
+Where a gradient flows, the way back makes one array of the logits' size, in their own type.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOM = {"cpu": 2**20, "cuda": 2**26, "mps": 2**26}  # numbers worked on at once; on a CPU about what a core's caches hold
+
+
+def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """log_softmax(logits)[ids] in fp32, with gradient: logits [..., V], ids [...]."""
+    found: Tensor = _TokenLogps.apply(logits.flatten(0, -2), ids.flatten()[:, None])  # type: ignore[no-untyped-call]
+    return found.view(ids.shape)
+
+
+@torch.no_grad()
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next-token distribution in nats: logits [..., V] to [...]."""
+
+    def entropy(rows: Tensor) -> Tensor:
+        logps = rows.float().log_softmax(-1)
+        return -(logps.exp() * logps).sum(-1)
+
+    return _by_rows(entropy, logits.flatten(0, -2)).view(logits.shape[:-1])
+
+
+def _by_rows(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """`function` of as many rows at once as there is room for, joined; rows: [N, ...], the first [N, V]."""
+    parts = [function(*some) for some in _some(*rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _some(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    size = max(1, ROOM[rows[0].device.type] // rows[0].size(1))
+    return zip(*(tensor.split(size) for tensor in rows), strict=True)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """d logp / d logits = 1 at the token's place - softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        normaliser = _by_rows(lambda rows: rows.float().logsumexp(-1), logits)
+        ctx.save_for_backward(logits, ids, normaliser)
+        return logits.gather(-1, ids).squeeze(-1).float() - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, ids, normaliser = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for rows, token, shift, above, out in _some(logits, ids, normaliser[:, None], grad[:, None], found):
+            part = (rows.float() - shift).exp_().mul_(-above)
+            out.copy_(part.scatter_(-1, token, part.gather(-1, token) + above))
+        return found, None

@@ -150,10 +150,20 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
 
 
+@dataclass(frozen=True)
+class JsonLines:
+    """The rows of a file that `write_jsonl` wrote, read anew each time they are gone through."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file that `write_jsonl` wrote."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """All rows of a file that `write_jsonl` wrote."""
+    return list(JsonLines(path))
 
 
 def write_demonstrations(path: Path, rows: Iterable[Demonstration]) -> None:

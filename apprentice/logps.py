@@ -1,6 +1,6 @@
 """What is computed over the vocabulary, some rows at a time: float32 numbers of the logits' size never exist at once.
 
-Where a gradient flows, the way back makes one array of the logits' size, in their own type.
+Where a gradient flows, it takes the place of the logits in memory, in their own type.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ROOM = {"cpu": 2**20, "cuda": 2**26, "mps": 2**26}  # numbers worked on at once; on a CPU about what a core's caches hold
 
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    """log_softmax(logits)[ids] in fp32, with gradient: logits [..., V], ids [...]."""
-    found: Tensor = _TokenLogps.apply(logits.flatten(0, -2), ids.flatten()[:, None])  # type: ignore[no-untyped-call]
+    """log_softmax(logits)[ids] in fp32, with gradient: logits [..., V], ids [...].
+
+    On the way back what a model computed as logits is overwritten by its gradient: nothing may read it after that. PyTorch
+    raises RuntimeError where another gradient needs it.
+    """
+    found: Tensor = _TokenLogps.apply(logits.flatten(0, -2), ids.flatten()[:, None], logits.is_leaf)  # type: ignore[no-untyped-call]
     return found.view(ids.shape)
 
 
@@ -44,16 +49,21 @@ class _TokenLogps(torch.autograd.Function):
     """d logp / d logits = 1 at the token's place - softmax."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, leaf: bool) -> Tensor:
         normaliser = _by_rows(lambda rows: rows.float().logsumexp(-1), logits)
         ctx.save_for_backward(logits, ids, normaliser)
+        ctx.leaf = leaf
         return logits.gather(-1, ids).squeeze(-1).float() - normaliser
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, ids, normaliser = ctx.saved_tensors
-        found = torch.empty_like(logits)
+        found = torch.empty_like(logits) if ctx.leaf else logits
         for rows, token, shift, above, out in _some(logits, ids, normaliser[:, None], grad[:, None], found):
-            part = (rows.float() - shift).exp_().mul_(-above)
-            out.copy_(part.scatter_(-1, token, part.gather(-1, token) + above))
-        return found, None
+            part = torch.sub(rows, shift, out=out) if out.dtype == shift.dtype else rows.float() - shift
+            part.exp_().mul_(-above)
+            part.scatter_(-1, token, part.gather(-1, token) + above)
+            if part is not out:
+                out.copy_(part)
+        return found, None, None

@@ -3,6 +3,7 @@
 Imported by `validate` alone, inside its `main`: loading Great Expectations takes seconds.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ TEXTS = {"prompts": ["prompt"], "preferences": ["prompt", "chosen", "rejected"]}
 DOMAINS = ["in_domain", "long", "out_of_domain_pool", "out_of_domain_unseen"]
 UNPRINTABLE = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]"
 FIRST_ROWS = 3
-Frames = dict[str, list[dict[str, Any]]]
+Row = dict[str, Any]
 
 
 def suite_of(table: str, config: ValidateConfig, max_characters: int) -> list[Expectation]:
@@ -73,7 +74,7 @@ def _form(types: dict[str, list[str]]) -> list[Expectation]:
     return [
         gxe.ExpectColumnValuesToBeInSet(column="fields", value_set=[" ".join(sorted(types))]),
         *(gxe.ExpectColumnValuesToBeInSet(column=f"{name}_type", value_set=found) for name, found in types.items()),
-        gxe.ExpectColumnValuesToBeUnique(column="id"),
+        gxe.ExpectColumnValuesToBeInSet(column="rows_of_id", value_set=[1]),
         gxe.ExpectColumnValuesToBeInSet(column="splits_of_prompt", value_set=[1]),
     ]
 
@@ -96,26 +97,29 @@ def _evaluation_suite() -> list[Expectation]:
     ]
 
 
-def run_suites(frames: Frames, suites: dict[str, list[Expectation]], docs: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """Check every table; return one outcome per expectation and, if the Data Docs could not be built, why.
+def run_suites(
+    frames: Iterable[tuple[str, list[Row]]], suites: dict[str, list[Expectation]], docs: Path
+) -> tuple[list[Row], str | None]:
+    """Check every table, given in pieces; return one outcome per expectation and, if the Data Docs could not be built, why.
 
     An outcome is {table, expectation, column, success, checked, unexpected, first_rows}: no times and no ids of the tool.
     Raises RuntimeError when an expectation could not be computed, which is not the same as not holding.
     """
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
-    outcomes = []
-    for table, rows in frames.items():
+    checkpoints = {table: _checkpoint(context, table, suite) for table, suite in suites.items()}
+    outcomes: dict[str, list[Row]] = {}
+    for table, rows in frames:
         columns = dict.fromkeys(["id", *(expectation.column for expectation in suites[table])])
         frame = pandas.DataFrame(rows, columns=list(columns), dtype=object)
-        results = _run_suite(context, table, frame, suites[table])
-        outcomes += [_outcome(table, result, len(rows)) for result in results]
-    return outcomes, _build_docs(context, docs)
+        (result,) = checkpoints[table].run(batch_parameters={"dataframe": frame}).run_results.values()
+        found = [_outcome(table, one, len(rows)) for one in result.results]
+        before = outcomes.get(table)
+        outcomes[table] = [_joined(*both) for both in zip(before, found, strict=True)] if before else found
+    return [outcome for found in outcomes.values() for outcome in found], _build_docs(context, docs)
 
 
-def _run_suite(
-    context: Any, table: str, frame: pandas.DataFrame, expectations: list[Expectation]
-) -> list[ExpectationValidationResult]:
+def _checkpoint(context: Any, table: str, expectations: list[Expectation]) -> Any:
     asset = context.data_sources.add_pandas(table).add_dataframe_asset("table")
     suite = context.suites.add(gx.ExpectationSuite(name=table, expectations=expectations))
     definition = gx.ValidationDefinition(name=table, data=asset.add_batch_definition_whole_dataframe("all"), suite=suite)
@@ -124,9 +128,18 @@ def _run_suite(
         validation_definitions=[context.validation_definitions.add(definition)],
         result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["id"]},
     )
-    run = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
-    (result,) = run.run_results.values()
-    return list(result.results)
+    return context.checkpoints.add(checkpoint)
+
+
+def _joined(one: Row, more: Row) -> Row:
+    """The outcome of an expectation over two pieces."""
+    return {
+        **one,
+        "success": one["success"] and more["success"],
+        "checked": one["checked"] + more["checked"],
+        "unexpected": one["unexpected"] + more["unexpected"],
+        "first_rows": (one["first_rows"] + more["first_rows"])[:FIRST_ROWS],
+    }
 
 
 def _outcome(table: str, result: ExpectationValidationResult, rows: int) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_a_head_on_the_policys_trunk_reads_the_same_in_the_policys_own_pass(mode
     separate.head.load_state_dict(shared.head.state_dict())
     scores = response_scores(model, rollout.batch, hidden=True)
     assert scores.hidden is not None
-    for values in (shared.read(scores.hidden, rollout.batch), shared(rollout.batch)):
+    for values in (shared.read(scores.hidden, scores.layout, rollout.batch), shared(rollout.batch)):
         assert torch.allclose(values, separate(rollout.batch), atol=1e-5) and bool(values.any())
     assert torch.equal(scores.logps, response_scores(model, rollout.batch).logps)
 

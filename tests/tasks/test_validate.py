@@ -10,9 +10,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from apprentice.demonstrations import demonstration, digest, read_jsonl, write_jsonl
+from apprentice.demonstrations import demonstration, digest, prompt_id, read_jsonl, write_jsonl
 from apprentice.policy import load_tokenizer
-from tasks import ingest, tokenizer, validate
+from tasks import frames, ingest, tokenizer, validate
+from tasks.frames import TABLES, frames_of, overview_of
 from tasks.stage import Stage, StageError
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def test_each_broken_rule_is_found_with_its_rows(tables: Path, stage_of: StageOf
         validate.main(stage)
     evaluation, prompts = ([row["id"] for row in read_jsonl(tables / f"{name}.jsonl")] for name in ("evaluation", "prompts"))
     assert broken_rules(stage) == {
-        "demonstrations id values_to_be_unique": [ids[0], ids[0]],
+        "demonstrations rows_of_id values_to_be_in_set": [ids[0], ids[0]],
         "demonstrations id_is_hash values_to_be_in_set": [ids[1]],
         "demonstrations fields values_to_be_in_set": [ids[5]],
         "demonstrations meta_type values_to_be_in_set": [ids[5]],
@@ -178,7 +179,7 @@ def test_each_broken_rule_of_the_further_tables_is_found(tables: Path, stage_of:
         "preferences tokens values_to_be_between": [p[2], p[3]],
         "preferences rejected values_to_match_regex": [p[4]],
         "preferences chosen_type values_to_be_in_set": [p[5]],
-        "preferences id values_to_be_unique": [p[6], p[7]],
+        "preferences rows_of_id values_to_be_in_set": [p[6], p[7]],
         "preferences id_is_hash values_to_be_in_set": [p[6]],
         "preferences fields values_to_be_in_set": [p[8]],
         "answers answer_type values_to_be_in_set": [a[0]],
@@ -213,9 +214,7 @@ def test_empty_tables_of_the_further_methods_are_skipped_and_said_to_be(tables: 
     skipped = [(o["table"], o["checked"]) for o in outcomes if o["expectation"] == "skipped_as_empty"]
     assert skipped == [("suboptimal", 0), ("preferences", 0), ("answers", 0)]
     assert len(outcomes) == figures["expectations"] + 3
-    assert {o["table"] for o in outcomes} - {name for name, _ in skipped} == {*validate.TABLES, "tables"} - {
-        n for n, _ in skipped
-    }
+    assert {o["table"] for o in outcomes} - {name for name, _ in skipped} == {*TABLES, "tables"} - {n for n, _ in skipped}
 
 
 def test_the_error_names_rule_rows_and_remedy(tables: Path, stage_of: StageOf) -> None:
@@ -234,18 +233,19 @@ def test_the_error_names_rule_rows_and_remedy(tables: Path, stage_of: StageOf) -
 def test_unknown_share_counts_tokens(tables: Path) -> None:
     rows = [demonstration("how many glorp ?", "answer : blarg", "by hand").__dict__]
     known = load_tokenizer(tables.parent / "models" / "tokenizer")
-    frames = validate.make_frames({"demonstrations": rows, "validation": [], "prompts": [], "evaluation": []}, known)
-    assert (frames["demonstrations"][0]["tokens"], frames["demonstrations"][0]["unknown"]) == (11, 2)
-    assert frames["tables"][0]["unknown_share"] == pytest.approx(2 / 11)
+    tables_of = {"demonstrations": rows, "validation": [], "prompts": [], "evaluation": []}
+    found = dict(frames_of(tables_of, overview_of(tables_of), known))
+    assert (found["demonstrations"][0]["tokens"], found["demonstrations"][0]["unknown"]) == (11, 2)
+    assert found["tables"][0]["unknown_share"] == pytest.approx(2 / 11)
 
 
 def test_both_sides_of_a_pair_are_counted(tables: Path) -> None:
     row = {"prompt": "how many glorp ?", "chosen": "answer : blarg", "rejected": "answer : 1 2 3"}
     known = load_tokenizer(tables.parent / "models" / "tokenizer")
-    frames = validate.make_frames({"preferences": [row]}, known)
-    (pair,) = frames["preferences"]  # 7 of the prompt with its frame; 4 and 6 of the responses, end tokens included
+    found = dict(frames_of({"preferences": [row]}, overview_of({"preferences": [row]}), known))
+    (pair,) = found["preferences"]  # 7 of the prompt with its frame; 4 and 6 of the responses, end tokens included
     assert (pair["tokens"], pair["all_tokens"], pair["unknown"]) == (7 + 6, 7 + 4 + 7 + 6, 1 + 1 + 1)
-    assert frames["tables"][0]["unknown_share"] == pytest.approx(3 / 24)
+    assert found["tables"][0]["unknown_share"] == pytest.approx(3 / 24)
 
 
 GEMMA_LIKE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -323,7 +323,7 @@ def test_an_expectation_that_cannot_run_is_no_pass(tmp_path: Path) -> None:
 
     rule = gxe.ExpectColumnValuesToMatchRegex(column="id", regex="(")
     with pytest.raises(RuntimeError, match=r"expect_column_values_to_match_regex\(id\) on t could not be computed"):
-        run_suites({"t": [{"id": "a"}]}, {"t": [rule]}, tmp_path)
+        run_suites([("t", [{"id": "a"}])], {"t": [rule]}, tmp_path)
 
 
 def test_data_docs_that_cannot_be_built_are_said_and_stop_nothing(
@@ -345,3 +345,46 @@ def test_the_committed_sample_passes(tmp_path: Path, stage_of: StageOf) -> None:
     read = {name: json.loads((tmp_path / f"data/reports/{name}/metrics.json").read_text()) for name in ("ingest", "validate")}
     assert read["ingest"]["rows_kept"] == 120 and read["ingest"]["rows_rejected"] == 0
     assert read["validate"]["failed"] == 0
+
+
+def test_a_table_in_pieces_has_the_outcomes_of_the_whole(
+    tables: Path, stage_of: StageOf, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With rows that break rules in several pieces, one of them for a row in another."""
+
+    def break_some(rows: list[dict[str, Any]]) -> None:
+        rows[19]["id"] = rows[0]["id"]
+        for number in (2, 9, 14, 17):
+            rows[number]["quality"] = "superb"
+
+    edit(tables / "demonstrations.jsonl", break_some)
+    found = []
+    for size in (20_000, 7, 1):
+        monkeypatch.setattr(frames, "PIECE", size)
+        stage = stage_of("validate")
+        with pytest.raises(StageError):
+            validate.main(stage)
+        found.append((outcomes_of(stage), json.loads((stage.reports / "metrics.json").read_text())))
+    assert found[0] == found[1] == found[2]
+    rules = broken_rules(stage)
+    assert (
+        len(rules["demonstrations quality values_to_be_in_set"]) == 3
+        and "demonstrations rows_of_id values_to_be_in_set" in rules
+    )
+    (broken,) = (o for o in found[0][0] if (o["table"], o["column"]) == ("demonstrations", "rows_of_id"))
+    assert (broken["checked"], broken["unexpected"]) == (20, 2)
+    answers = len(read_jsonl(tables / "answers.jsonl"))
+    total = sum(SIZES.values()) - SIZES["evaluation"] + 60 + answers
+    assert f"{total}/{total} rows {total} |" in capsys.readouterr().out
+
+
+def test_who_stands_where_is_known_over_all_tables(tables: Path) -> None:
+    one, other = ({"prompt": prompt, "response": "r", "id": prompt} for prompt in ("a  b", "a b"))
+    found = overview_of(
+        {"demonstrations": [one, one], "evaluation": [other], "answers": [{"prompt_id": prompt_id("a b")}], "prompts": []}
+    )
+    assert found.rows == {"demonstrations": 2, "evaluation": 1, "answers": 1, "prompts": 0}
+    assert found.columns("demonstrations", one) == {"rows_of_id": 2, "splits_of_prompt": 2}
+    assert found.columns("evaluation", other) == {"rows_of_id": 1, "splits_of_prompt": 2}
+    assert found.columns("answers", {"prompt_id": prompt_id("a b")})["splits_of_prompt"] == 2
+    assert list(found.splits.values()) == [{"train", "evaluation"}]

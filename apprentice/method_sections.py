@@ -48,6 +48,7 @@ class CRLFTConfig(FineTuningConfig):
     """Class-conditioned, class-weighted fine-tuning (OpenChat, 2309.11235): a tag in the prompt, a weight in the loss."""
 
     condition: bool
+    answer_as: Literal["expert", "mixed", "poor"]
     weights: dict[str, NotNegative]
 
 

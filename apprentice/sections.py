@@ -194,6 +194,7 @@ class PPOConfig:
 class SRPPOConfig(PPOConfig):
     """Self-Rewarding PPO (2510.21090); each question the paper leaves open is an entry."""
 
+    prompts: Literal["pool", "demonstrated", "new"]
     reward_target: Name
     reward_baseline: Name
     baseline_weight: NotNegative

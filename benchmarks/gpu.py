@@ -215,6 +215,7 @@ def config(shape: Shape) -> SRPPOConfig:
         learning_rate=1e-6,
         critic_learning_rate=1e-5,
         max_grad_norm=1.0,
+        prompts="pool",
         reward_target="sft",
         reward_baseline="base",
         baseline_weight=1.0,

@@ -116,6 +116,7 @@ def config(work: Workload) -> SRPPOConfig:
         learning_rate=RATE,
         critic_learning_rate=RATE,
         max_grad_norm=1e9,
+        prompts="pool",
         reward_target="sft",
         reward_baseline="base",
         baseline_weight=1.0,

@@ -81,8 +81,29 @@ def self_rewarding_stage(stage: Stage) -> None:
     ppo_stage(
         stage,
         lambda setting: SelfReward(config, setting.prompts),
+        pool=prompts_of(stage),
         roles=(config.reward_target, config.reward_baseline),
     )
+
+
+def prompts_of(stage: Stage) -> "list[Demonstration]":
+    """The rows whose prompts the section names, each prompt once where they are demonstrations."""
+    from tasks.checkpoints import prompt_keys, table
+
+    pool = table(stage, "prompts")
+    if stage.config.prompts == "pool":
+        return pool
+    demonstrations = table(stage, "demonstrations")
+    demonstrated = dict(zip(prompt_keys(demonstrations), demonstrations, strict=True))
+    if stage.config.prompts == "demonstrated":
+        return list(demonstrated.values())
+    new = [row for row, key in zip(pool, prompt_keys(pool), strict=True) if key not in demonstrated]
+    if not new:
+        raise StageError(
+            f"{stage.name}.prompts: expected prompts that are not demonstrated, and all {len(pool)} of the pool are; set it to "
+            "pool, or add rows without a response to the source"
+        )
+    return new
 
 
 def with_answers(stage: Stage, check: Check) -> "list[Demonstration]":

@@ -227,6 +227,7 @@ def srppo_config(**changes: Any) -> SRPPOConfig:
         kl_anchor="sft",
         baseline_weight=1.0,
         placement="eos",
+        prompts="pool",
         span="sum",
         missing_eos_reward=-1.0,
         kl_coef=0.5,

@@ -71,8 +71,7 @@ class Compute:
         packing, budget = self.packing and budget is None, budget or self.forward_tokens
         group, shelf = list[int](), Shelf(1)
         for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-            taken = lengths[row] if packing else shelf.width
-            if group and not shelf.fits(taken, budget // shelf.width):
+            if group and not shelf.fits(lengths[row] if packing else shelf.width, budget // shelf.width):
                 yield group
                 group = []
             if not group:

@@ -76,7 +76,7 @@ def overview_of(tables: Tables) -> Overview:
 
 @dataclass
 class Totals:
-    """Of a table's rows so far; `classes` of the qualities of all training rows."""
+    """Of a table's rows so far: tokens of the longest, unknown tokens, all tokens."""
 
     longest: int = 0
     unknown: int = 0

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "ingest__source__path": "data/raw/rows.jsonl",
     "compute__device": "cpu",
     "compute__gradient_checkpointing": True,
+    "compute__packing": True,
     "sft__epochs": 4,
     "sft__batch_size": 8,
     "sft__learning_rate": 0.03,  # so that its responses end

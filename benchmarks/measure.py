@@ -62,7 +62,7 @@ class Worker:
     """A side's process, idle between its repeats."""
 
     def __init__(self, side: Side) -> None:
-        command = [side.python, "-m", "benchmarks.worker", side.target, json.dumps(dict(side.options))]
+        command = [side.python, "-u", "-m", "benchmarks.worker", side.target, json.dumps(dict(side.options))]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         self.side = side
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process

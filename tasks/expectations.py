@@ -133,6 +133,7 @@ def _checkpoint(context: Any, table: str, expectations: list[Expectation]) -> An
 
 def _joined(one: Row, more: Row) -> Row:
     """The outcome of an expectation over two pieces."""
+    assert (one["expectation"], one["column"]) == (more["expectation"], more["column"]), "the tool keeps a suite's order"
     return {
         **one,
         "success": one["success"] and more["success"],

@@ -17,7 +17,7 @@ from apprentice.config import Params, parse
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["apprentice", "tasks", "flows", "methods", "presets", "data/raw", ".dvc/config", ".dvcignore", ".gitignore"]
-PARTS += ["params.yaml", "dvc.yaml", "pipelines.dvc", "pyproject.toml"]
+PARTS += ["params.yaml", "dvc.yaml", "pipelines.dvc", "prefect.yaml", "kubernetes", "docs", "pyproject.toml"]
 
 
 def changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, Project
 from tests.toy import ask, empty_prefect, make_toy, run, with_stores
 
 pytestmark = pytest.mark.slow
-POOLS, KUBERNETES = ("process", "kubernetes"), ("prefect.yaml", "kubernetes")
+POOLS = ("process", "kubernetes")
 DEPLOYED = """
 import asyncio, json
 from prefect.client.orchestration import get_client
@@ -42,11 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    toy = with_stores(make_toy(tmp_path_factory.mktemp("deployed") / "toy"))
-    for name in KUBERNETES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, toy.path(name))
-    return toy
+    return with_stores(make_toy(tmp_path_factory.mktemp("deployed") / "toy"))
 
 
 def commands(kind: str) -> list[list[str]]:

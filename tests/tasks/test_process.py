@@ -151,7 +151,7 @@ def test_children_end_with_the_process_that_started_them(tmp_path: Path, sign: s
     code = "import os, pathlib, sys; from tasks import process; "
     code += f"process.run([sys.executable, 'train.py'], pathlib.Path({str(tmp_path)!r}), dict(os.environ), print)"
     root = Path(__file__).resolve().parents[2]
-    owner = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-u", "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     assert owner.stdout and owner.stdout.readline() == "up\n"
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     owner.send_signal(sign)

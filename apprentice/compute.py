@@ -65,26 +65,35 @@ class Compute:
         """Those of a training step that this process computes."""
         return self.team.mine(list(self.micro_batches(lengths)))
 
-    def micro_batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
-        """Split row numbers into groups of similar length, each within `budget` tokens once padded, or (None) within
-        `forward_tokens` once laid out, packed where `packing` says so; longest group first."""
-        packing, budget = self.packing and budget is None, budget or self.forward_tokens
-        group, shelf = list[int](), Shelf(1)
-        for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-            if group and not shelf.fits(lengths[row] if packing else shelf.width, budget // shelf.width):
-                yield group
-                group = []
-            if not group:
-                shelf = Shelf(max(budget, lengths[row]) if packing and self.one_row else lengths[row])
-            shelf.place(lengths[row] if packing else shelf.width)
-            group.append(row)
-        if group:
-            yield group
+    def micro_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Split row numbers into groups of similar length, each within `forward_tokens` once laid out; longest group first."""
+        if not self.packing:
+            return self.padded_batches(lengths)
+        return _groups(lengths, self.forward_tokens, packing=True, width=self.forward_tokens if self.one_row else 0)
+
+    def padded_batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
+        """The same of rows that are padded and never packed, within `budget` tokens (None: `forward_tokens`)."""
+        return _groups(lengths, budget or self.forward_tokens)
 
     @property
     def one_row(self) -> bool:
         """Whether packed sequences all stand in one row: flash attention keeps them apart there only, and at no cost."""
         return self.attention == "flash_attention_2"
+
+
+def _groups(lengths: Sequence[int], budget: int, packing: bool = False, width: int = 0) -> Iterator[list[int]]:
+    """Each group is laid on a shelf as wide as its longest row, or as `width`; a row that is not packed takes all of one."""
+    group, shelf = list[int](), Shelf(1)
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if group and not shelf.fits(lengths[row] if packing else shelf.width, budget // shelf.width):
+            yield group
+            group = []
+        if not group:
+            shelf = Shelf(max(width, lengths[row]))
+        shelf.place(lengths[row] if packing else shelf.width)
+        group.append(row)
+    if group:
+        yield group
 
 
 def _place(made: Callable[[], list[Piece]], number: int) -> Piece:

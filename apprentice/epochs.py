@@ -91,8 +91,7 @@ def train_epochs(
         if after:
             found: dict[str, Any] = dict.fromkeys(after.names)
             if place == batches - 1:
-                found = _measured(after, f"after epoch {epoch + 1} of {config.epochs}")
-                measured = [*measured, found]
+                measured = [*measured, found := _measured(after, f"after epoch {epoch + 1} of {config.epochs}")]
                 if after.keep(measured):
                     kept, best = epoch + 1, {name: tensor.clone() for name, tensor in weights(model).items()}
             row = {**found, **row}

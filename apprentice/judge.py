@@ -137,7 +137,7 @@ def in_micro_batches(forward: Callable[[list[int]], Tensor], lengths: Sequence[i
 
     Raises ValueError for no rows.
     """
-    groups = list(compute.micro_batches(lengths, compute.forward_tokens))
+    groups = list(compute.padded_batches(lengths))
     if not groups:
         raise ValueError("in_micro_batches: expected at least one row to score, got none")
     order = torch.tensor([row for rows in groups for row in rows])
@@ -215,7 +215,7 @@ def judge_step(judge: Judge, chosen_first: Sequence[list[int]], rejected_first: 
     signs = torch.ones_like(logits)
     signs[size:] = -1.0
     total = 0.0
-    for rows in judge.compute.micro_batches([len(ids) for ids in prompts], judge.compute.forward_tokens):
+    for rows in judge.compute.padded_batches([len(ids) for ids in prompts]):
         part = pair_logits(judge.model, [prompts[row] for row in rows], judge.labels, judge.compute)
         loss = ranking_loss(signs[rows] * part, 2 * size)
         loss.backward()

@@ -125,7 +125,7 @@ def bt_step(model: PreTrainedModel, chosen: Batch, rejected: Batch, compute: Com
     size = len(chosen.ids)
     margins, total = torch.zeros(size, device=chosen.ids.device), 0.0
     lengths = [a + b for a, b in zip(chosen.lengths(), rejected.lengths(), strict=True)]
-    for rows in compute.micro_batches(lengths, compute.forward_tokens):
+    for rows in compute.padded_batches(lengths):
         part = bt_rewards(model, chosen.rows(rows), compute) - bt_rewards(model, rejected.rows(rows), compute)
         loss = ranking_loss(part, size)
         loss.backward()

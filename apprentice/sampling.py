@@ -100,7 +100,7 @@ def sample(
     responses: list[list[int]] = [[]] * len(requests)
     logps: list[Tensor] = [torch.empty(0)] * len(requests)
     widths = [len(request.prompt) + max_new_tokens for request in requests]
-    chunks = list(compute.micro_batches(widths, compute.cache_tokens))
+    chunks = list(compute.padded_batches(widths, compute.cache_tokens))
     makes = [
         partial(_decode, model, [requests[row] for row in rows], seed, end, max_new_tokens, temperature, compute)
         for rows in chunks

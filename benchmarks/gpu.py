@@ -25,10 +25,11 @@ from apprentice.policy import freeze, score
 from apprentice.ppo import Prompts
 from apprentice.recorder import Recorder
 from apprentice.sampling import Request, sample
-from apprentice.sections import LoRAConfig, SRPPOConfig
+from apprentice.sections import LoRAConfig
 from apprentice.sft import train_step
 from apprentice.srppo import SelfRewardingPPO
 from apprentice.tokens import Batch, collate
+from benchmarks.settings import ppo_settings
 
 FILE = Path(__file__).with_name("gpu.json")
 SIDE = 8192  # of the square matrices by which the device is measured
@@ -36,26 +37,34 @@ SIDE = 8192  # of the square matrices by which the device is measured
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of the Qwen2 family, and how much one measurement takes: rows of `prompt` and `response` tokens."""
+    """Entries of a Qwen2 configuration, and how much one measurement takes: rows of `prompt` and `response` tokens."""
 
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    key_heads: int
-    words: int
-    tied: bool
+    entries: dict[str, Any]
     rows: int
     prompt: int
     response: int
     adapters: bool = False
 
 
+def qwen2(hidden: int, inner: int, layers: int, heads: int, key_heads: int, words: int, tied: bool) -> dict[str, Any]:
+    """The entries by the names that transformers has for them."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": words,
+        "tie_word_embeddings": tied,
+    }
+
+
+TINY = qwen2(16, 32, 2, 2, 1, 64, True)
 SHAPES = {
-    "0.5b": Shape(896, 4864, 24, 14, 2, 151_936, True, rows=64, prompt=128, response=256),
-    "7b": Shape(3584, 18_944, 28, 28, 4, 152_064, False, rows=64, prompt=128, response=256, adapters=True),
-    "tiny": Shape(16, 32, 2, 2, 1, 64, True, rows=4, prompt=6, response=5),
-    "tiny_adapters": Shape(16, 32, 2, 2, 1, 64, True, rows=4, prompt=6, response=5, adapters=True),
+    "0.5b": Shape(qwen2(896, 4864, 24, 14, 2, 151_936, True), rows=64, prompt=128, response=256),
+    "7b": Shape(qwen2(3584, 18_944, 28, 28, 4, 152_064, False), rows=64, prompt=128, response=256, adapters=True),
+    "tiny": Shape(TINY, rows=4, prompt=6, response=5),
+    "tiny_adapters": Shape(TINY, rows=4, prompt=6, response=5, adapters=True),
 }
 
 
@@ -121,22 +130,14 @@ def measured(shape: Shape, compute: Compute, limit: float, runs: int) -> dict[st
 def build(shape: Shape) -> Qwen2ForCausalLM:
     """The model, of random weights, float32."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=shape.words,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=shape.tied,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**shape.entries, max_position_embeddings=4096)).eval()
 
 
 def texts(shape: Shape) -> tuple[list[list[int]], list[list[int]]]:
     """Random prompts and responses, all of one length."""
-    ids = torch.randint(shape.words, (shape.rows, shape.prompt + shape.response), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        shape.entries["vocab_size"], (shape.rows, shape.prompt + shape.response), generator=torch.Generator().manual_seed(0)
+    )
     return ids[:, : shape.prompt].tolist(), ids[:, shape.prompt :].tolist()
 
 
@@ -150,7 +151,7 @@ def workloads(shape: Shape, model: Any, batch: Batch, compute: Compute) -> dict[
     train = 4 if shape.adapters else 6
     prompts = batch.ids[:, : shape.prompt].tolist()
     requests = [Request(prompt, str(row)) for row, prompt in enumerate(prompts)]
-    update, ppo = config(shape), None
+    update, ppo = ppo_settings(shape.rows, shape.response, critic="shared"), None
 
     def sample_all() -> object:
         return sample(policy, requests, seed="0", end=-1, max_new_tokens=shape.response, compute=compute)
@@ -162,7 +163,13 @@ def workloads(shape: Shape, model: Any, batch: Batch, compute: Compute) -> dict[
     def one_update() -> object:
         nonlocal ppo
         if ppo is None:  # not before: its critic and moments would be counted as the other works'
-            pool = Prompts(prompts, [str(row) for row in range(len(prompts))], -1, torch.zeros(shape.words).long(), ("all",))
+            pool = Prompts(
+                prompts,
+                [str(row) for row in range(len(prompts))],
+                -1,
+                torch.zeros(shape.entries["vocab_size"]).long(),
+                ("all",),
+            )
             ppo = SelfRewardingPPO(policy, frozen, pool, update, seed="0", compute=compute)
         ppo.config = replace(update, iterations=ppo.iteration + 1)
         return ppo.train(Recorder())
@@ -185,43 +192,6 @@ def roles(shape: Shape, model: Any) -> tuple[Any, dict[str, Any]]:
 
     trunk = Trunk(model, LoRAConfig(rank=16, alpha=32, targets="all-linear"), seed="0", origin={})
     return trunk.train(), {"sft": freeze(trunk.train()), "base": trunk.role()}
-
-
-def config(shape: Shape) -> SRPPOConfig:
-    """The defaults of params.yaml in what costs time, over one batch of rollouts."""
-    return SRPPOConfig(
-        init="sft",
-        kl_anchor="sft",
-        missing_eos_reward=0.0,
-        kl_coef=0.5,
-        kl_estimator="k1",
-        kl_stop=None,
-        iterations=1,
-        batch_size=shape.rows,
-        epochs=2,
-        minibatch_size=shape.rows,
-        temperature=1.0,
-        max_new_tokens=shape.response,
-        critic="shared",
-        critic_init="sft",
-        value_coef=0.1,
-        gamma=1.0,
-        gae_lambda=0.95,
-        whiten=True,
-        reward_std_floor=1e-6,
-        clip_range=0.2,
-        value_clip_range=0.2,
-        old_logps="auto",
-        learning_rate=1e-6,
-        critic_learning_rate=1e-5,
-        max_grad_norm=1.0,
-        prompts="pool",
-        reward_target="sft",
-        reward_baseline="base",
-        baseline_weight=1.0,
-        placement="eos",
-        span="sum",
-    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmarks.measure import BenchmarkError, Side, Worker, alternate
 from benchmarks.peer_environment import PPO as TRL
 from benchmarks.peer_environment import python_with_trl
 from benchmarks.results import Results
+from benchmarks.settings import ppo_settings
 from benchmarks.shapes import Material, computing, make, material
 from benchmarks.worker import Figures, Prepare
 
@@ -90,38 +91,18 @@ def order(work: Workload, pool: int, seed: str) -> list[list[int]]:
 
 def config(work: Workload) -> SRPPOConfig:
     """Our settings, equal to TRL's in ppo_trl.py."""
-    return SRPPOConfig(
-        init="sft",
-        kl_anchor="sft",
-        missing_eos_reward=0.0,
-        kl_coef=KL,
-        kl_estimator="k1",
-        kl_stop=None,
+    return ppo_settings(
+        work.batch,
+        work.response,
         iterations=work.updates,
-        batch_size=work.batch,
         epochs=EPOCHS,
-        minibatch_size=work.batch,
-        temperature=1.0,
-        max_new_tokens=work.response,
-        critic="separate",
-        critic_init="sft",
-        value_coef=0.1,
-        gamma=1.0,
-        gae_lambda=LAMBDA,
-        whiten=True,
-        reward_std_floor=1e-6,
+        kl_coef=KL,
         clip_range=CLIP,
         value_clip_range=CLIP,
-        old_logps="auto",
+        gae_lambda=LAMBDA,
         learning_rate=RATE,
         critic_learning_rate=RATE,
         max_grad_norm=1e9,
-        prompts="pool",
-        reward_target="sft",
-        reward_baseline="base",
-        baseline_weight=1.0,
-        placement="eos",
-        span="sum",
     )
 
 

@@ -3,7 +3,6 @@
 Imported by `validate` alone, inside its `main`: loading Great Expectations takes seconds.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +96,41 @@ def _evaluation_suite() -> list[Expectation]:
     ]
 
 
-def run_suites(
-    frames: Iterable[tuple[str, list[Row]]], suites: dict[str, list[Expectation]], docs: Path
-) -> tuple[list[Row], str | None]:
-    """Check every table, given in pieces; return one outcome per expectation and, if the Data Docs could not be built, why.
+class Checks:
+    """Suites, by table, put to tables that come in pieces."""
 
-    An outcome is {table, expectation, column, success, checked, unexpected, first_rows}: no times and no ids of the tool.
-    Raises RuntimeError when an expectation could not be computed, which is not the same as not holding.
-    """
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
-    checkpoints = {table: _checkpoint(context, table, suite) for table, suite in suites.items()}
-    outcomes: dict[str, list[Row]] = {}
-    for table, rows in frames:
-        columns = dict.fromkeys(["id", *(expectation.column for expectation in suites[table])])
+    def __init__(self, suites: dict[str, list[Expectation]]) -> None:
+        self.suites, self.found = suites, dict[str, list[Row]]()
+        self.context = gx.get_context(mode="ephemeral")
+        self.context.variables.progress_bars = {"globally": False}
+        self.checkpoints = {table: _checkpoint(self.context, table, suite) for table, suite in suites.items()}
+
+    def check(self, table: str, rows: list[Row]) -> None:
+        """Check a piece of a table.
+
+        Raises RuntimeError when an expectation could not be computed, which is not the same as not holding.
+        """
+        columns = dict.fromkeys(["id", *(expectation.column for expectation in self.suites[table])])
         frame = pandas.DataFrame(rows, columns=list(columns), dtype=object)
-        (result,) = checkpoints[table].run(batch_parameters={"dataframe": frame}).run_results.values()
+        (result,) = self.checkpoints[table].run(batch_parameters={"dataframe": frame}).run_results.values()
         found = [_outcome(table, one, len(rows)) for one in result.results]
-        before = outcomes.get(table)
-        outcomes[table] = [_joined(*both) for both in zip(before, found, strict=True)] if before else found
-    return [outcome for found in outcomes.values() for outcome in found], _build_docs(context, docs)
+        before = self.found.get(table)
+        self.found[table] = [_joined(*both) for both in zip(before, found, strict=True)] if before else found
+
+    def outcomes(self) -> list[Row]:
+        """One for each expectation: {table, expectation, column, success, checked, unexpected, first_rows}, no times and no ids
+        of the tool."""
+        return [outcome for found in self.found.values() for outcome in found]
+
+    def build_docs(self, folder: Path) -> str | None:
+        """Write the Data Docs; why they could not be built, if so."""
+        store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder)}
+        try:
+            self.context.add_data_docs_site("apprentice", {"class_name": "SiteBuilder", "store_backend": store})
+            self.context.build_data_docs(site_names=["apprentice"])
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
 
 def _checkpoint(context: Any, table: str, expectations: list[Expectation]) -> Any:
@@ -166,14 +180,4 @@ def _raised(info: dict[str, Any]) -> str | None:
     for part in [info, *(value for value in info.values() if isinstance(value, dict))]:
         if part.get("raised_exception"):
             return str(part.get("exception_message"))
-    return None
-
-
-def _build_docs(context: Any, folder: Path) -> str | None:
-    store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder)}
-    try:
-        context.add_data_docs_site("apprentice", {"class_name": "SiteBuilder", "store_backend": store})
-        context.build_data_docs(site_names=["apprentice"])
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
     return None

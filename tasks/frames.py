@@ -107,8 +107,8 @@ def frames_of(tables: Tables, overview: Overview, tokenizer: "PreTrainedTokenize
 
 
 def count_pieces(overview: Overview) -> int:
-    """How many pieces `frames_of` makes of the tables that are not skipped."""
-    return sum(max(1, ceil(rows / PIECE)) for table, rows in overview.rows.items() if rows or table not in OPTIONAL)
+    """How many frames `frames_of` makes, the last one over all tables included."""
+    return 1 + sum(max(1, ceil(rows / PIECE)) for table, rows in overview.rows.items() if rows or table not in OPTIONAL)
 
 
 def _pieces(rows: Iterable[Row]) -> Iterator[list[Row]]:

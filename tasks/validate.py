@@ -1,7 +1,6 @@
 """Great Expectations over the clean tables: a broken one stops the pipeline and is named with its first rows."""
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 from tasks.stage import Stage, StageError, run, stores_root, write_json
@@ -14,14 +13,13 @@ ADVICE = {
     "largest_class_share": "balance the classes of `quality`, or raise validate.max_class_share",
 }
 Row = dict[str, Any]
-Frames = Iterator[tuple[str, list[Row]]]
 
 
 def main(stage: Stage) -> None:
     """Check every table, write the outcomes, and stop at what does not hold."""
     from apprentice.demonstrations import JsonLines
     from tasks.checkpoints import tokenizer_of
-    from tasks.expectations import run_suites, suite_of
+    from tasks.expectations import Checks, suite_of
     from tasks.frames import OPTIONAL, TABLES, count_pieces, frames_of, overview_of
 
     tables = {name: JsonLines(stage.data / "clean" / f"{name}.jsonl") for name in TABLES}
@@ -31,9 +29,12 @@ def main(stage: Stage) -> None:
     suites = {name: suite_of(name, stage.config, stage.params.ingest.max_characters) for name in [*checked, "tables"]}
     docs = stores_root() / ".telemetry" / "data_docs"
     shutil.rmtree(docs, ignore_errors=True)
-    frames = frames_of(tables, overview, tokenizer_of(stage, "tokenizer"))
-    summaries: list[Row] = []
-    outcomes, docs_error = run_suites(_told(stage, frames, count_pieces(overview), summaries), suites, docs)
+    checks, pieces = Checks(suites), count_pieces(overview)
+    stage.start_clock()
+    for done, (table, frame) in enumerate(frames_of(tables, overview, tokenizer_of(stage, "tokenizer")), 1):
+        checks.check(table, frame)
+        stage.progress(done, pieces)
+    outcomes, docs_error, summaries = checks.outcomes(), checks.build_docs(docs), frame  # the last frame is of all tables
     write_json(stage.reports / "validation.json", outcomes + [_skipped(name) for name in skipped])
     failed = [outcome for outcome in outcomes if not outcome["success"]]
     stage.metrics(
@@ -51,19 +52,6 @@ def main(stage: Stage) -> None:
     _stop_at(failed)
     (stage.reports / "passed").write_text("every expectation holds\n")  # whatever the tables: other counts retrain no base
     stage.say(f"{len(outcomes)} expectations hold; page: {'not built' if docs_error else docs / 'index.html'}")
-
-
-def _told(stage: Stage, frames: Frames, total: int, summaries: list[Row]) -> Frames:
-    """The frames, with progress once each is checked; the rows of the last, over all tables, go to `summaries`."""
-    stage.start_clock()
-    rows = 0
-    for done, (table, frame) in enumerate(frames, 1):
-        yield table, frame
-        rows += len(frame)
-        if table == "tables":
-            summaries += frame
-        else:
-            stage.progress(done, total, rows=rows)
 
 
 def _skipped(table: str) -> Row:

@@ -24,7 +24,7 @@ def family(results: Results, runs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         project = copy_project(Path(folder))
         project.set(ingest__source__kind="jsonl", ingest__source__path="source.jsonl")
-        project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+        project.without_git()
         found = {size: measure(project.root, size) for size in (SMALLEST, *SIZES)}
     for stage in STAGES:
         start = found[SMALLEST][stage]

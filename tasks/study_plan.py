@@ -105,6 +105,13 @@ def read_study(path: Path = ROOT / CLAIMS) -> Study:
     for name, where in named.items():
         if name not in runs:
             raise StudyError(f"{path.name}: {where} names the run {name!r}; there are {', '.join(runs)}")
+    compared = {f"claim {claim.claim!r}": {split(name)[0] for name in claim.effect} for claim in study.claims}
+    compared |= {f"plot {plot.name}": {MAIN, *plot.runs} for plot in study.plots}
+    for where, names in compared.items():
+        if len(begun := {runs[name].first_seed for name in names}) > 1:
+            raise StudyError(
+                f"{path.name}: {where} needs runs of the same seeds; theirs begin at {', '.join(map(str, sorted(begun)))}"
+            )
     return study
 
 

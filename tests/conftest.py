@@ -41,6 +41,10 @@ class Project:
     def path(self, name: str) -> Path:
         return self.root / name
 
+    def without_git(self) -> None:
+        """Let DVC do without a git repository."""
+        self.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+
     def set(self, **changes: Any) -> None:
         """Change params.yaml; double underscores stand for dots: `ingest__source__kind="jsonl"`."""
         file = self.path("params.yaml")

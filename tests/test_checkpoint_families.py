@@ -90,7 +90,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, 
     for family in TEMPLATES:
         write_checkpoint(project.path(f"checkpoints/{family}"), family)
     project.path("data/raw/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     project.path("mlflow.db").write_bytes(empty_store().read_bytes())
     project.set(**SETTINGS)
     (project.root / "tests").symlink_to(Path(__file__).parent)

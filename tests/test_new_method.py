@@ -67,7 +67,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Project:
         with project.path(name).open("a") as file:
             file.write("\n" + texts.pop(name))
     assert texts == {} and "`soup: SoupConfig`" in readme.text()
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     for name, chance in (("base", 0.5), ("sft", 0.25), ("sft_tuned", 0.75)):
         write_model(project.path("data"), name, speaker(chance))
     written = project.run("-m", "tests.imports", "--write")

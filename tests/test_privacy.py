@@ -105,7 +105,7 @@ class Ear:
 @pytest.fixture
 def ear(project: Project, tmp_path: Path) -> Ear:
     """An ear in a copy of the project that is no git repository."""
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     return listening(project, tmp_path)
 
 

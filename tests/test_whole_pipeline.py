@@ -33,7 +33,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, s
     apply("smoke", project.root)
     project.set(runtime__checkpoint_steps=1, evaluate_methods__models=MEASURED)
     project.path("methods/dvc.lock").unlink(missing_ok=True)  # of another size, as the main line's
-    (project.root / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     yield project, project.run("-m", "flows.align", **own_stores(project))
 
 

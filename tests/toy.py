@@ -180,7 +180,7 @@ def make_toy(root: Path) -> Project:
     toy.path("worker.py").write_text(WORKER)
     load_little(toy)
     toy.path("salt").write_text("a")
-    toy.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    toy.without_git()
     knobs(toy)
     return toy
 

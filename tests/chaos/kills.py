@@ -159,7 +159,7 @@ def build(root: Path, stages: Sequence[str]) -> tuple[Project, dict[str, str]]:
         copy_project(root)
         apply("smoke", root)
         project.set(runtime__checkpoint_steps=1)
-        project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+        project.without_git()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PYTHONPATH": str(root), "PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
     targets = [address_of(stage) for stage in stages] or ["-P"]

@@ -308,7 +308,7 @@ def test_the_command_line_of_vectors_refuses_in_a_line(folder: Path, tmp_path: P
 @pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
 def test_the_stages_that_take_a_checkpoint_in_refuse_in_a_line(project: Project, folder: Path, stage: str) -> None:
     apply("smoke", project.root)
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     project.set(pretrain__checkpoint=str(folder), runtime__outside_project=True)
     for poison, told in (STATIC["own tokenizer code"], TRIED["NaN"]):
         poison(folder)

@@ -40,7 +40,7 @@ def test_no_command_holds_a_value(file: str) -> None:
 @pytest.mark.parametrize("word", COMMANDS[:3])
 def test_dvc_runs_no_command_out_of_params(project: Project, word: str) -> None:
     """`dvc repro` reads params.yaml by itself, before any stage could refuse it."""
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     project.set(evaluate__models=["base", "sft", "sft_tuned", word])
     for name in ("base", "sft", word):
         project.path(f"data/models/{name}").mkdir(parents=True)
@@ -60,7 +60,7 @@ def test_an_evaluation_knows_its_model_from_dvc(project: Project, file: str) -> 
     """Its command names none; by hand one has to be named."""
     name = {"dvc.yaml": "evaluate", "methods/dvc.yaml": "evaluate_methods"}[file]
     model = {"evaluate": "srppo", "evaluate_methods": "raft"}[name]
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     address = f"{name}@{model}" if file == "dvc.yaml" else f"{file}:{name}@{model}"
     assert project.run("-m", f"tasks.{name}", DVC_STAGE=address).returncode  # there is no data
     assert project.path(f".telemetry/{name}@{model}.jsonl").exists()

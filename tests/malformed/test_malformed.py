@@ -222,7 +222,7 @@ def test_the_program_says_one_line_and_no_traceback(project: Project) -> None:
         "path: a NUL",
     )
     found = {case.name: case for case in CASES if case.name in wanted}
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     for name in wanted:
         found[name].make(project.root)
         project.set(ingest__source__kind=found[name].kind, ingest__source__path=found[name].file)
@@ -236,7 +236,7 @@ def test_the_program_says_one_line_and_no_traceback(project: Project) -> None:
 def test_the_program_goes_on_past_rows_that_cannot_be_used(project: Project) -> None:
     (case,) = [case for case in CASES if case.name == "line: nested 900 deep, unusable, middle"]
     case.make(project.root)
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     project.set(ingest__source__kind="jsonl", ingest__source__path=case.file)
     done = project.run("-m", "tasks.ingest")
     assert done.returncode == 0, done.stderr

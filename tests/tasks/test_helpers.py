@@ -30,7 +30,7 @@ Begin = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture
 def place(project: Project) -> Project:
     """A project with a base and tables, for `sft` of some seconds that saves every step."""
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     project.set(
         compute__processes=2,
         compute__device="cpu",

@@ -18,7 +18,7 @@ from tests.conftest import Project
 @pytest.fixture
 def small(project: Project) -> Params:
     apply("smoke", project.root)
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     return read_params(project.path("params.yaml"))
 
 

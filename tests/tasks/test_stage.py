@@ -49,7 +49,7 @@ def test_an_unknown_item_is_refused_with_the_known_ones(project: Project) -> Non
 
 def test_what_a_killed_run_wrote_in_part_goes_when_the_stage_begins_again(project: Project) -> None:
     apply("smoke", project.root)
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     folder = project.path("data/reports/ingest")
     folder.mkdir(parents=True)
     (folder / ".metrics.json.k1ll3d").write_text("{")

@@ -98,6 +98,17 @@ def test_a_claim_says_when_it_was_made_and_what_to_know(tmp_path: Path) -> None:
         ({"claims": [{**RAW["claims"][0], "above": 0.0}]}, "claim 'c'"),
         ({"plots": {"y_against_x": {**RAW["plots"]["y_against_x"], "x": [1]}}}, "an x for each of 2 runs"),
         ({"more": 1}, "expected the keys"),
+        (
+            {"runs": {**RAW["runs"], "b": {**RAW["runs"]["b"], "first_seed": 6}}},
+            "plot y_against_x needs runs of the same seeds",
+        ),
+        (
+            {
+                "runs": {**RAW["runs"], "c": {**RAW["runs"]["a"], "first_seed": 6}},
+                "claims": [{**RAW["claims"][0], "effect": {"a:rso": 1, "c:rso": -1}}],
+            },
+            "claim 'c' needs runs of the same seeds; theirs begin at 1, 6",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_claims_file_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -136,7 +147,7 @@ def test_the_seed_that_settings_were_developed_on_is_no_seed_of_the_study() -> N
 
 
 def test_a_run_may_take_later_seeds(tmp_path: Path) -> None:
-    """Then it shares none with the others, and a claim over both has no figures."""
+    """Those it shares with no other are asked for too."""
     runs = {**RAW["runs"], "c": {"set": {}, "measure": ["sft"], "first_seed": 6, "seeds": 2}}
     study = study_of(tmp_path, {**RAW, "runs": runs})
     assert [job.name for job in jobs_of(study, 3, ["b", "c"])] == [f"study-{one}" for one in ("b-1", "b-2", "c-6", "c-7")]

@@ -236,7 +236,7 @@ KILLED += "from dvc.cli import main; main(['repro', 'sft'])"
 def test_work_that_dvc_was_killed_over_is_gone_on_from_and_a_forced_run_begins_anew(project: Project) -> None:
     project.path("tasks/sft.py").write_text(TRAINING)
     project.path("dvc.yaml").write_text(PIPELINE)
-    project.path(".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    project.without_git()
     for path in ("methods/dvc.yaml", "pipelines.dvc"):
         project.path(path).unlink()
 

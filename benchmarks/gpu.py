@@ -29,7 +29,7 @@ from apprentice.sections import LoRAConfig
 from apprentice.sft import train_step
 from apprentice.srppo import SelfRewardingPPO
 from apprentice.tokens import Batch, collate
-from benchmarks.settings import ppo_settings
+from tasks.stage import read_params
 
 FILE = Path(__file__).with_name("gpu.json")
 SIDE = 8192  # of the square matrices by which the device is measured
@@ -151,7 +151,8 @@ def workloads(shape: Shape, model: Any, batch: Batch, compute: Compute) -> dict[
     train = 4 if shape.adapters else 6
     prompts = batch.ids[:, : shape.prompt].tolist()
     requests = [Request(prompt, str(row)) for row, prompt in enumerate(prompts)]
-    update, ppo = ppo_settings(shape.rows, shape.response, critic="shared"), None
+    drawn_at_once: dict[str, Any] = {"batch_size": shape.rows, "minibatch_size": shape.rows, "max_new_tokens": shape.response}
+    update, ppo = replace(read_params().srppo, **drawn_at_once, epochs=2, kl_stop=None, critic="shared"), None
 
     def sample_all() -> object:
         return sample(policy, requests, seed="0", end=-1, max_new_tokens=shape.response, compute=compute)

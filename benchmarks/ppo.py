@@ -23,9 +23,9 @@ from benchmarks.measure import BenchmarkError, Side, Worker, alternate
 from benchmarks.peer_environment import PPO as TRL
 from benchmarks.peer_environment import python_with_trl
 from benchmarks.results import Results
-from benchmarks.settings import ppo_settings
 from benchmarks.shapes import Material, computing, make, material
 from benchmarks.worker import Figures, Prepare
+from tasks.stage import read_params
 
 FIRST_GAP = 1e-3  # nats; the two sides' first rewards, advantages and ratio may differ by roundings
 
@@ -90,16 +90,25 @@ def order(work: Workload, pool: int, seed: str) -> list[list[int]]:
 
 
 def config(work: Workload) -> SRPPOConfig:
-    """Our settings, equal to TRL's in ppo_trl.py."""
-    return ppo_settings(
-        work.batch,
-        work.response,
-        iterations=work.updates,
-        epochs=EPOCHS,
+    """Our settings, equal to TRL's in ppo_trl.py; the rest, such as the roles, as in params.yaml."""
+    return dataclasses.replace(
+        read_params().srppo,
+        missing_eos_reward=0.0,
         kl_coef=KL,
+        kl_estimator="k1",
+        kl_stop=None,
+        iterations=work.updates,
+        batch_size=work.batch,
+        epochs=EPOCHS,
+        minibatch_size=work.batch,
+        temperature=1.0,
+        max_new_tokens=work.response,
+        gamma=1.0,
+        gae_lambda=LAMBDA,
+        whiten=True,
+        reward_std_floor=1e-6,
         clip_range=CLIP,
         value_clip_range=CLIP,
-        gae_lambda=LAMBDA,
         learning_rate=RATE,
         critic_learning_rate=RATE,
         max_grad_norm=1e9,

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from apprentice.compute import Compute
+from apprentice.config import parse
 from apprentice.policy import freeze, score
 from apprentice.ppo import Prompts
 from apprentice.recorder import Recorder
@@ -29,9 +31,9 @@ from apprentice.sections import LoRAConfig
 from apprentice.sft import train_step
 from apprentice.srppo import SelfRewardingPPO
 from apprentice.tokens import Batch, collate
-from tasks.stage import read_params
 
 FILE = Path(__file__).with_name("gpu.json")
+PARAMS = Path(__file__).parents[1] / "params.yaml"
 SIDE = 8192  # of the square matrices by which the device is measured
 
 
@@ -152,7 +154,8 @@ def workloads(shape: Shape, model: Any, batch: Batch, compute: Compute) -> dict[
     prompts = batch.ids[:, : shape.prompt].tolist()
     requests = [Request(prompt, str(row)) for row, prompt in enumerate(prompts)]
     drawn_at_once: dict[str, Any] = {"batch_size": shape.rows, "minibatch_size": shape.rows, "max_new_tokens": shape.response}
-    update, ppo = replace(read_params().srppo, **drawn_at_once, epochs=2, kl_stop=None, critic="shared"), None
+    params = parse(yaml.safe_load(PARAMS.read_text(encoding="utf-8")))
+    update, ppo = replace(params.srppo, **drawn_at_once, epochs=2, kl_stop=None, critic="shared"), None
 
     def sample_all() -> object:
         return sample(policy, requests, seed="0", end=-1, max_new_tokens=shape.response, compute=compute)

@@ -1,6 +1,8 @@
 """The benchmark of one device, tried on a CPU: what it counts, by hand, and what it writes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,15 @@ def test_work_is_counted_as_by_hand(
         assert found[shape][name]["tokens_per_second"] == tokens / 2
         assert found[shape][name]["share_of_products"] == pytest.approx(flop[name] * PARAMETERS / 2 / 1e9)
     assert "share_of_products" in capsys.readouterr().out
+
+
+def test_it_needs_torch_and_transformers_alone() -> None:
+    """And what these bring: YAML, by which the settings are read, among it."""
+    code = "import sys, yaml\nfrom transformers import AutoTokenizer, Qwen2ForCausalLM\n"
+    code += "before = {name.partition('.')[0] for name in sys.modules}\nimport benchmarks.gpu\n"
+    code += "print(*sorted({name.partition('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu.PARAMS.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["apprentice", "benchmarks"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

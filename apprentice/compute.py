@@ -101,12 +101,13 @@ def _place(made: Callable[[], list[Piece]], number: int) -> Piece:
 
 
 def set_up(config: ComputeConfig) -> Compute:
-    """Resolve `auto`, set the threads, and turn deterministic algorithms on for this process.
+    """Resolve `auto`, set the threads, turn deterministic algorithms on for this process, and large pages for large tensors.
 
     Raises ValueError when a named device is not there, or what flash attention needs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when PyTorch first asks for memory
     torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""How the layers of a model compute: by which attention, whether activations are kept or computed again, and packed or not."""
+"""How the layers of a model compute: by which products and attention, activations kept or computed again, packed or not."""
 
 from functools import cache
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apprentice.compute import Compute
+from apprentice.linear import half_unused, use_onednn
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -20,6 +21,8 @@ def set_layers(model: Model, compute: Compute) -> Model:
         _use_attention(model, compute.attention)
     if compute.gradient_checkpointing:
         _recompute(model)
+    if compute.device.type == "cpu" and compute.dtype == torch.float32 and half_unused():
+        use_onednn(model)
     if compute.packing:
         _check_apart(model, compute)
     return model

@@ -31,10 +31,10 @@ def token_entropy(logits: Tensor) -> Tensor:
         logps = rows.float().log_softmax(-1)
         return -(logps.exp() * logps).sum(-1)
 
-    return _by_rows(entropy, logits.flatten(0, -2)).view(logits.shape[:-1])
+    return by_rows(entropy, logits.flatten(0, -2)).view(logits.shape[:-1])
 
 
-def _by_rows(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+def by_rows(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """`function` of as many rows at once as there is room for, joined; rows: [N, ...], the first [N, V]."""
     parts = [function(*some) for some in _some(*rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -50,7 +50,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, leaf: bool) -> Tensor:
-        normaliser = _by_rows(lambda rows: rows.float().logsumexp(-1), logits)
+        normaliser = by_rows(lambda rows: rows.float().logsumexp(-1), logits)
         ctx.save_for_backward(logits, ids, normaliser)
         ctx.leaf = leaf
         return logits.gather(-1, ids).squeeze(-1).float() - normaliser

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from apprentice.compute import CPU, Compute
-from apprentice.logps import token_logps
+from apprentice.logps import by_rows, token_logps
 from apprentice.tokens import Batch, collate
 
 _LEAVE_SHARE = 0.1  # finished rows leave once they are this share of the batch: each leaving copies the cache
@@ -75,7 +75,11 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
     Probabilities are summed as whole multiples of 2^-31: exact in any order, where CUDA has no deterministic sum of floats.
     """
-    cdf = (logits.float().softmax(-1) * 2**31).long().cumsum(-1)
+    return by_rows(_inverted, logits, uniform)
+
+
+def _inverted(logits: Tensor, uniform: Tensor) -> Tensor:
+    cdf = logits.float().softmax(-1).mul_(2**31).long().cumsum_(-1)
     total = cdf[:, -1]
     threshold = torch.minimum((uniform * total).long(), total - 1)
     return torch.searchsorted(cdf, threshold[:, None], right=True).squeeze(-1)
@@ -134,7 +138,7 @@ def _decode(
     lengths = torch.full((count,), limit, device=device)
     live = torch.arange(count, device=device)
     for step in range(limit):
-        scaled = logits.float() / (temperature or 1.0)
+        scaled = logits.float() if temperature in (0.0, 1.0) else logits.float() / temperature
         token = draw(scaled, uniforms(keys[live], step)) if temperature else scaled.argmax(-1)
         going = lengths[live] == limit
         tokens[live[going], step] = token[going]

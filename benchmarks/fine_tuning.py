@@ -19,7 +19,7 @@ from apprentice.tokens import collate
 from benchmarks.measure import Side, alternate
 from benchmarks.peer_environment import CURRENT, python_with_trl
 from benchmarks.results import Results
-from benchmarks.shapes import MADE, computing, make, material
+from benchmarks.shapes import MADE, computing, computing_plainly, make, material
 from benchmarks.worker import Figures, Prepare
 
 
@@ -96,7 +96,7 @@ def trl_sft(shape: str) -> Prepare:
     from trl import SFTConfig, SFTTrainer
 
     work, given = SFT[shape], material(shape)
-    computing()
+    computing_plainly()
     prompts, responses = (rows[: work.rows] for rows in given.demonstrations)
     rows = Dataset.from_dict(
         {
@@ -107,7 +107,7 @@ def trl_sft(shape: str) -> Prepare:
 
     def prepare(repeat: int) -> Callable[[], Figures]:
         trainer = SFTTrainer(
-            model=given.model("base"),
+            model=given.plain_model("base"),
             args=SFTConfig(**_trl_arguments(work, repeat)),
             train_dataset=rows,
             processing_class=given.tokenizer,
@@ -177,15 +177,15 @@ def trl_dpo(shape: str) -> Prepare:
             return dataset
 
     work, given = DPO[shape], material(shape)
-    computing()
+    computing_plainly()
     prompts, chosen, rejected = (rows[: work.rows] for rows in given.pairs)
     rows = Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected})
     tokens = float(sum(map(len, [*chosen, *rejected])))
 
     def prepare(repeat: int) -> Callable[[], Figures]:
         trainer = Prepared(
-            model=given.model("sft"),
-            ref_model=given.model("sft"),
+            model=given.plain_model("sft"),
+            ref_model=given.plain_model("sft"),
             args=DPOConfig(**_trl_arguments(work, repeat), beta=BETA),
             train_dataset=rows,
             processing_class=given.tokenizer,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from apprentice.compute import Compute
+from apprentice.layers import set_layers
 from apprentice.policy import freeze, score
 from apprentice.sampling import Request, sample
 from apprentice.sft import train_step
@@ -47,7 +48,7 @@ def point(axis: str, size: int, work: str) -> Callable[[], Figures]:
     """One point; what is not varied: hidden 128, 2 layers, 2,000 words, 64 tokens a row, 16 rows, 1 candidate."""
     given = {"width": 128, "length": 64, "vocabulary": 2_000, "rows": 16, "candidates": 1} | {axis: size}
     compute = computing()
-    model = wide_model(given["vocabulary"], given["width"], layers=2)
+    model = set_layers(wide_model(given["vocabulary"], given["width"], layers=2), compute)
     half = given["length"] // 2
     ids = torch.randint(given["vocabulary"] - 3, (given["rows"], given["length"]), generator=torch.Generator().manual_seed(0))
     batch = collate(ids[:, :half].tolist(), ids[:, half:].tolist(), given["vocabulary"] - 1)

@@ -4,12 +4,14 @@ Products are counted by torch's own counter. Decoding one row at a time is bound
 and the share is of the bandwidth; the others' is of the products a second.
 """
 
+import math
 import time
 from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from apprentice.linear import half_unused, use_onednn
 from apprentice.policy import freeze
 from apprentice.policy import score as score_batch
 from apprentice.sampling import Request, sample
@@ -52,12 +54,15 @@ def _options(work: str, shape: str) -> dict[str, object]:
 def machine() -> Prepare:
     """Products and copies, CPU time of each."""
     computing()
-    left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    product = torch.nn.Linear(SIDE, SIDE, bias=False).requires_grad_(False)
+    if half_unused():
+        use_onednn(product)
+    right = torch.randn(SIDE, SIDE)
     source, target = torch.zeros(FLOATS), torch.zeros(FLOATS)
 
     def work() -> Figures:
-        product, copy = seconds(lambda: left @ right), seconds(lambda: target.copy_(source))
-        return {"flop_per_second": 2 * SIDE**3 / product, "bytes_per_second": 2 * 4 * FLOATS / copy}
+        multiply, copy = seconds(lambda: product(right)), seconds(lambda: target.copy_(source))
+        return {"flop_per_second": 2 * SIDE**3 / multiply, "bytes_per_second": 2 * 4 * FLOATS / copy}
 
     return lambda repeat: work
 
@@ -101,7 +106,8 @@ def _products(work: Callable[[], object]) -> Prepare:
 
 
 def _flop(work: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
+    with FlopCounterMode(display=False, custom_mapping=onednn) as counter:
         work()
     return int(counter.get_total_flops())
 

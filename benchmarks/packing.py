@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+from apprentice.layers import set_layers
 from apprentice.sft import train_step
 from apprentice.tokens import collate
 from benchmarks.measure import Side, alternate
@@ -26,7 +27,7 @@ def family(results: Results, runs: int) -> None:
 def steps(lengths: str, packing: bool) -> Prepare:
     """The gradients of some batches, half of each text its response; the wide shape with fewer words, so that layers count."""
     compute = dataclasses.replace(computing(), forward_tokens=FORWARD_TOKENS, packing=packing)
-    model, rng = wide_model(WORDS), random.Random(0)
+    model, rng = set_layers(wide_model(WORDS), compute), random.Random(0)
     low, high = LENGTHS[lengths]
 
     def text() -> list[int]:

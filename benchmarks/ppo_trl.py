@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apprentice.logps import token_logps
 from benchmarks.ppo import CLIP, EPOCHS, KL, LAMBDA, RATE, WORKLOADS, Workload, figures, order
-from benchmarks.shapes import MADE, Material, computing, material
+from benchmarks.shapes import MADE, Material, computing_plainly, material
 from benchmarks.worker import Figures, Prepare
 
 
@@ -71,20 +71,20 @@ def trainer_of_trl(work: Workload, given: Material, seed: str, rate: float = RAT
     from torch.utils.data import DataLoader
     from trl.experimental.ppo import PPOTrainer
 
-    computing()
+    computing_plainly()
     tokenizer = copy.deepcopy(given.tokenizer)
     if work.forced:  # ids outside the models' vocabulary: neither can be drawn
         tokenizer.add_special_tokens({"pad_token": "<no pad>", "eos_token": "<no end>"})
     chosen = [row for rows in order(work, len(given.prompts), seed) for row in rows]
     pad, width = tokenizer.pad_token_id, max(map(len, given.prompts))
     rows = [[pad] * (width - len(given.prompts[i])) + given.prompts[i] for i in chosen]
-    sft = given.model("sft")
+    sft = given.plain_model("sft")
     trainer = PPOTrainer(
         args=_trl_arguments(work, int(seed), rate),
         processing_class=tokenizer,
         model=sft,
-        ref_model=given.model("sft"),
-        reward_model=LogRatio(given.model("sft"), given.model("base"), width),
+        ref_model=given.plain_model("sft"),
+        reward_model=LogRatio(given.plain_model("sft"), given.plain_model("base"), width),
         value_model=ValueModel(sft),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         data_collator=_collate,

@@ -7,7 +7,7 @@ import torch
 from apprentice.sampling import Request, sample
 from benchmarks.measure import Side, alternate
 from benchmarks.results import Results
-from benchmarks.shapes import computing, make, material
+from benchmarks.shapes import computing, computing_plainly, make, material
 from benchmarks.worker import Figures, Prepare
 
 ROWS = (16, 64, 256, 1024)
@@ -47,8 +47,8 @@ def ours(shape: str, rows: int) -> Prepare:
 def generate(shape: str, rows: int) -> Prepare:
     """`generate` on the whole batch, padded on the left."""
     given = material(shape)
-    computing()
-    model = given.model("sft")
+    computing_plainly()
+    model = given.plain_model("sft")
     prompts = given.prompts[:rows]
     width, end, pad = max(map(len, prompts)), given.end, given.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])

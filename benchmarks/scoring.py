@@ -6,7 +6,7 @@ from apprentice.masking import length_mask
 from apprentice.policy import freeze, score
 from benchmarks.measure import Side, alternate
 from benchmarks.results import Results
-from benchmarks.shapes import computing, make, material
+from benchmarks.shapes import computing, computing_plainly, make, material
 from benchmarks.worker import Figures, Prepare
 
 ROWS, BATCH = 256, 32
@@ -38,8 +38,8 @@ def ours(shape: str) -> Prepare:
 def full_logits(shape: str) -> Prepare:
     """The plain way."""
     given = material(shape)
-    computing()
-    model, batch = freeze(given.model("sft")), given.demonstrated(ROWS)
+    computing_plainly()
+    model, batch = freeze(given.plain_model("sft")), given.demonstrated(ROWS)
     lengths = batch.prompt_lengths + batch.response_lengths
 
     @torch.no_grad()

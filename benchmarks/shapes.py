@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from apprentice.compute import CPU, Compute
+from apprentice.compute import CPU, Compute, set_up
 from apprentice.demonstrations import split_of
 from apprentice.policy import load_policy, load_tokenizer, save_policy
 from apprentice.pretrain import build_base, pretrain
@@ -50,6 +50,10 @@ class Material:
         """`base` or `sft`, freshly loaded."""
         return load_policy(self.folder / name)
 
+    def plain_model(self, name: str) -> PreTrainedModel:
+        """The same as transformers alone loads it, for a peer."""
+        return LlamaForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32).eval()
+
     def demonstrated(self, rows: int) -> Batch:
         """The first `rows` demonstrations."""
         prompts, responses = self.demonstrations
@@ -58,9 +62,13 @@ class Material:
 
 def computing() -> Compute:
     """The defaults of params.yaml on a CPU, at the threads every side gets."""
+    return set_up(dataclasses.replace(read_params().compute, device="cpu", threads=THREADS))
+
+
+def computing_plainly() -> None:
+    """What a peer shares of that."""
     torch.set_num_threads(THREADS)
     torch.set_flush_denormal(True)
-    return CPU
 
 
 def material(shape: str) -> Material:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from apprentice.compute import Compute
 from apprentice.policy import freeze
 from apprentice.ppo import PPO, Prompts
 from apprentice.recorder import Recorder
@@ -122,8 +123,7 @@ class EveryResponse(SelfReward):
         return super().__call__(dataclasses.replace(rollout, ended=torch.ones_like(rollout.ended)), logps)
 
 
-def trainer_of_ours(work: Workload, given: Material, seed: str, policy: Any) -> PPO:
-    compute = computing()
+def trainer_of_ours(work: Workload, given: Material, seed: str, policy: Any, compute: Compute) -> PPO:
     end = -1 if work.forced else given.end
     classes = torch.zeros(len(given.tokenizer), dtype=torch.long)
     keys = [str(i) for i in range(len(given.prompts))]
@@ -135,11 +135,11 @@ def trainer_of_ours(work: Workload, given: Material, seed: str, policy: Any) -> 
 
 def ours(workload: str) -> Prepare:
     """Our side: a fresh trainer for each repeat, its training timed."""
-    work = WORKLOADS[workload]
+    work, compute = WORKLOADS[workload], computing()
     given = material(work.shape)
 
     def prepare(repeat: int) -> Callable[[], Figures]:
-        trainer, recorder = trainer_of_ours(work, given, str(repeat), given.model("sft")), Recorder()
+        trainer, recorder = trainer_of_ours(work, given, str(repeat), given.model("sft"), compute), Recorder()
 
         def train() -> Figures:
             trainer.train(recorder)

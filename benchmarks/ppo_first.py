@@ -17,7 +17,7 @@ from apprentice.sampling import Rollout
 from apprentice.tokens import collate
 from benchmarks.ppo import WORKLOADS, Workload, order, trainer_of_ours
 from benchmarks.ppo_trl import trainer_of_trl
-from benchmarks.shapes import Material, material
+from benchmarks.shapes import Material, computing, material
 
 First = dict[str, Any]
 
@@ -47,9 +47,9 @@ def with_head(head: nn.Linear) -> None:
 
 def ours(workload: str) -> Callable[[int], Callable[[], First]]:
     """Our first update."""
-    work = WORKLOADS[workload]
+    work, compute = WORKLOADS[workload], computing()
     given = material(work.shape)
-    trainer = trainer_of_ours(work, given, "0", moved(given.model("sft")))
+    trainer = trainer_of_ours(work, given, "0", moved(given.model("sft")), compute)
     trainer.config = dataclasses.replace(trainer.config, whiten=False)
     trainer.value_scale = 1.0
     with_head(trainer.critic.head)

@@ -111,6 +111,7 @@ def set_up(config: ComputeConfig) -> Compute:
     torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads what is not written
     torch.backends.cuda.matmul.allow_tf32 = True
     found, compute = devices(), resolve(config)
     if compute.device.type not in found:

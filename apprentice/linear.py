@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-FEWEST = 128  # rows; oneDNN compiles a kernel for each shape it meets, and fewer rows do not earn that back
+FEWEST = 256  # rows; of fewer oneDNN multiplies little faster
+STEP = 128  # rows; oneDNN keeps half a MiB for each number of rows it met, so it is given multiples of this alone
 
 
 @cache
@@ -31,14 +32,16 @@ class _OneDNNLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.numel() < FEWEST * self.in_features:
             return linear(input, self.weight, self.bias)
-        if not torch.is_grad_enabled():
-            return _product(input.contiguous(), self.weight, self.bias)
-        found: Tensor = _Linear.apply(input.contiguous(), self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return found
+        rows = input.reshape(-1, self.in_features).contiguous()
+        if torch.is_grad_enabled():
+            found: Tensor = _Linear.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        else:
+            found = _product(rows, self.weight, self.bias)
+        return found.view(*input.shape[:-1], self.out_features)
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W' + b, x [..., K], W [N, K], and its gradients."""
+    """y = x W' + b, x [M, K], W [N, K], and its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,22 +53,48 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows, above = x.flatten(0, -2), grad.contiguous().flatten(0, -2)
+        above = grad.contiguous()
         return (
-            _product(above, weight.t()).view_as(x) if of_x else None,
-            _outer(above, rows) if of_weight else None,
+            _product(above, weight.t()) if of_x else None,
+            _outer(above, x) if of_weight else None,
             above.sum(0) if of_bias else None,
         )
 
 
-def _outer(above: Tensor, rows: Tensor) -> Tensor:
-    """[M, N] and [M, K] to [N, K], the sum over M; oneDNN is faster when its own result has the longer rows."""
-    if above.size(1) < rows.size(1):
-        return _product(above.t(), rows.t())
-    return _product(rows.t(), above.t()).t()
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] and weight [N, K] to [M, N]. Rows of zeros are added to x, or its last rows are left to PyTorch: what copies
+    less."""
+    rows, (outputs, inputs) = x.size(0), weight.shape
+    step = _step(rows)
+    if rows % step == 0:
+        return _onednn(x, weight, bias)
+    if outputs < inputs:
+        first, last = x.split([rows - rows % step, rows % step])
+        return torch.cat([_onednn(first, weight, bias), linear(last, weight, bias)])
+    padded = x.new_zeros(rows - rows % step + step, inputs)
+    padded[:rows] = x
+    return _onednn(padded, weight, bias)[:rows]
+
+
+def _outer(above: Tensor, x: Tensor) -> Tensor:
+    """above [M, N] and x [M, K] to [N, K], the sum over M; oneDNN is faster when its own result has the longer rows."""
+    if above.size(1) >= x.size(1):
+        return _sum_over_rows(x, above).t()
+    return _sum_over_rows(above, x)
+
+
+def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    rest = left.size(0) % _step(left.size(0))
+    whole = left.size(0) - rest
+    found = _onednn(left[:whole].t(), right[:whole].t())
+    return found.addmm_(left[whole:].t(), right[whole:]) if rest else found
+
+
+def _step(rows: int) -> int:
+    return max(STEP, 1 << (rows.bit_length() - 4))
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Both dense: what is strided otherwise oneDNN multiplies number by number."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found

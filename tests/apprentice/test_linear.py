@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from apprentice import linear
 from apprentice.compute import CPU, Compute
 from apprentice.layers import set_layers
-from apprentice.linear import FEWEST, half_unused, use_onednn
+from apprentice.linear import FEWEST, STEP, half_unused, use_onednn
 from tests.apprentice.toys import tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN")
@@ -31,15 +31,16 @@ def gradients(layer: nn.Linear, given: Tensor, above: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [FEWEST, FEWEST + 1, 1000])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24), (7, 7)])
-def test_outputs_and_gradients_are_those_of_a_linear_layer(inputs: int, outputs: int, bias: bool) -> None:
+def test_outputs_and_gradients_are_those_of_a_linear_layer(inputs: int, outputs: int, rows: int, bias: bool) -> None:
     plain, ours = pair(inputs, outputs, bias)
-    given, above = torch.randn(3, FEWEST, inputs), torch.randn(3, FEWEST, outputs)
+    given, above = torch.randn(3, rows, inputs), torch.randn(3, rows, outputs)
     with torch.no_grad():
         assert torch.allclose(ours(given), given @ plain.weight.T + (plain.bias if bias else 0.0), atol=1e-5)
     for found, expected in zip(gradients(ours, given, above), gradients(plain, given, above), strict=True):
         assert found.shape == expected.shape
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_strided_inputs_and_gradients_are_taken_as_any_other() -> None:
@@ -57,15 +58,30 @@ def test_a_frozen_weight_gets_no_gradient_and_passes_one_on() -> None:
     assert ours.weight.grad is None
 
 
-def test_few_rows_take_pytorchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, ours = pair(16, 8, True)
+def numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those that oneDNN is given from here on."""
     rows: list[int] = []
-    product = linear._product
-    monkeypatch.setattr(linear, "_product", lambda x, *rest: rows.append(len(x)) or product(x, *rest))
+    onednn = linear._onednn
+    monkeypatch.setattr(linear, "_onednn", lambda x, *rest: rows.append(len(x)) or onednn(x, *rest))
+    return rows
+
+
+def test_few_rows_take_pytorchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    (plain, ours), rows = pair(16, 8, True), numbers_of_rows(monkeypatch)
     with torch.no_grad():
         assert torch.equal(ours(torch.ones(FEWEST - 1, 16)), plain(torch.ones(FEWEST - 1, 16)))
         ours(torch.ones(FEWEST, 16))
     assert rows == [FEWEST]
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 8), (8, 16)])
+def test_onednn_meets_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int) -> None:
+    (_, ours), rows = pair(inputs, outputs, False), numbers_of_rows(monkeypatch)
+    with torch.no_grad():
+        for number in range(FEWEST, 4096, 13):
+            ours(torch.ones(number, inputs))
+    assert {number % STEP for number in rows} == {0}
+    assert len(set(rows)) <= 2 * 8 + 8, "16 up to 2,048, and 8 more each time that doubles"
 
 
 def test_copies_keep_it_and_a_checkpoint_shows_nothing_of_it(tmp_path) -> None:

@@ -1,6 +1,9 @@
 """The budget of a forward pass, and the device."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,12 @@ def section(**changes: Any) -> ComputeConfig:
         "cache_tokens": 9,
     }
     return ComputeConfig(**{**entries, "attention": "auto", "gradient_checkpointing": False, "packing": False, **changes})
+
+
+def huge_pages() -> str:
+    """The rule in force for anonymous memory, `never` where there is none."""
+    rule = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return rule.read_text().partition("[")[2].partition("]")[0] if rule.exists() else "never"
 
 
 @pytest.fixture
@@ -56,6 +65,19 @@ def test_set_up_on_a_cpu(torch_settings: None) -> None:
     compute = set_up(section(forward_tokens=77, cache_tokens=99))
     assert (compute.device.type, compute.dtype) == ("cpu", torch.float32)
     assert (compute.forward_tokens, compute.cache_tokens) == (77, 99)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory, "filling costs time, and nothing reads what is not written"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "never" in huge_pages(), reason="large pages are Linux's, where it allows them")
+def test_large_tensors_lie_on_large_pages() -> None:
+    code = (
+        "from apprentice.compute import set_up; from tasks.stage import read_params; import torch;"
+        "set_up(read_params().compute); kept = torch.ones(2**24);"
+        "print(sum(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(found) >= 2**24 * 4 // 1024 // 2, "most of the 64 MiB"
 
 
 def test_without_a_budget_a_cpu_takes_small_forward_passes() -> None:

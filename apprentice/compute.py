@@ -1,11 +1,11 @@
 """Where and how tensors are computed: device, precision, threads, determinism, and the budget of one forward pass."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from apprentice.sections import ComputeConfig
 from apprentice.team import ALONE, Team
 
 Piece = TypeVar("Piece")
+Part = TypeVar("Part")
 
 
 def keep_nothing(make: Callable[[], Piece]) -> Piece:
@@ -28,7 +29,8 @@ class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
     cache while sampling; attention, gradient checkpointing and packing as in params. `keep` makes each piece of sampling and
     scoring, or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same
-    order again, so never while a model is trained. `team`: the processes that share each batch and all pieces."""
+    order again, so never while a model is trained. `team`: the processes that share each batch and all pieces. `sharding`: each
+    holds a part of every model."""
 
     device: torch.device
     dtype: torch.dtype
@@ -39,12 +41,14 @@ class Compute:
     gradient_checkpointing: bool = False
     packing: bool = False
     team: Team = ALONE
+    sharding: bool = False
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision where `dtype` asks for it: weights stay float32, matrix products are cast."""
+        """Mixed precision where `dtype` asks for it: weights stay float32, matrix products are cast; weights that come and go
+        are not kept as cast."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=not self.sharding)
 
     def pieces(self, makes: Sequence[Callable[[], list[Tensor]]]) -> Iterator[list[Tensor]]:
         """The pieces in their order: kept ones, and of the rest each process of the team makes its share and has them all, then
@@ -61,9 +65,23 @@ class Compute:
         """A piece of each process that has one to make."""
         return self.team.share([tensor for make in self.team.mine(makes) for tensor in make()])
 
-    def my_micro_batches(self, lengths: Sequence[int]) -> Sequence[list[int]]:
-        """Those of a training step that this process computes."""
-        return self.team.mine(list(self.micro_batches(lengths)))
+    def gather(
+        self, parts: Iterable[Part], one: Callable[[Part], Iterator[tuple[Tensor, Mapping[str, Any]]]]
+    ) -> dict[str, float]:
+        """Gather the gradient of a training step: this process computes its share of the micro-batches; returns the sums of
+        their figures over the team.
+
+        `one` yields the losses of a micro-batch, each with figures, and is asked for the next once the way back of one is done.
+        With sharding the processes make equally many passes, for which some add a pass that counts 0.
+        """
+        every, totals = list(parts), dict[str, float]()
+        mine = self.team.rounds(every) if self.sharding else [(part, True) for part in self.team.mine(every)]
+        for part, counts in mine:
+            for loss, figures in one(part):
+                (loss if counts else 0.0 * loss).backward()
+                for name, value in figures.items() if counts else ():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+        return self.team.add(totals)
 
     def micro_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Split row numbers into groups of similar length, each within `forward_tokens` once laid out; longest group first."""
@@ -139,6 +157,7 @@ def resolve(config: ComputeConfig) -> Compute:
         attention=config.attention,
         gradient_checkpointing=config.gradient_checkpointing,
         packing=config.packing,
+        sharding=config.sharding,
     )
 
 

@@ -43,6 +43,12 @@ def _check_together(params: Params) -> None:
         )
     for name in params.ingest.fields:
         read(Literal["prompt", "response", "answer", "quality", "source"], name, "ingest.fields")
+    if params.compute.sharding and params.compute.processes == 1:
+        raise ParamsError("compute.sharding: expected compute.processes above 1, over which models are spread; got 1")
+    if params.compute.sharding and params.lora.rank:
+        raise ParamsError(
+            f"compute.sharding: expected lora.rank 0, for the trunk under adapters is not spread; got {params.lora.rank}"
+        )
     held_out = params.ingest.validation_share + params.ingest.evaluation_share
     if held_out >= 1:
         raise ParamsError(

@@ -4,6 +4,7 @@ A group is k samples of one prompt with their rewards, drawn from any distributi
 sampled here, and there is neither critic nor clipping. The optimum is pi_ref exp(R / beta) / Z.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,14 +86,13 @@ def optimise_contrast(
 
 def contrast_step(policy: PreTrainedModel, groups: Groups, rows: list[int], beta: float, compute: Compute) -> Figures:
     """Gather the gradient of the mean loss over the groups in `rows`, micro-batch by micro-batch; returns its metrics."""
-    lengths, totals = groups.lengths(), Figures()
-    for part in compute.my_micro_batches([lengths[row] for row in rows]):
+    lengths = groups.lengths()
+
+    def one(part: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
         chosen = [rows[i] for i in part]
         batch = groups.batch.rows(groups.rows(chosen))
         logps = masked_sum(response_scores(policy, batch, compute).logps, batch.mask)
         reference, rewards = groups.reference_logps[chosen], groups.rewards[chosen]
-        loss, metrics = contrastive_loss(logps.view(rewards.shape), reference, rewards, beta, count=len(rows))
-        loss.backward()
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    return compute.team.add(totals)
+        yield contrastive_loss(logps.view(rewards.shape), reference, rewards, beta, count=len(rows))
+
+    return compute.gather(compute.micro_batches([lengths[row] for row in rows]), one)

@@ -10,7 +10,7 @@ from torch import nn
 from apprentice.finite import NumbersError, all_finite, listed
 from apprentice.health import displaced
 from apprentice.optimise import Optimiser, linear_decay
-from apprentice.policy import weights
+from apprentice.policy import put_weights, weights
 from apprentice.recorder import Recorder, Row, State
 from apprentice.sections import EpochsConfig
 from apprentice.team import ALONE, Team
@@ -65,7 +65,7 @@ def train_epochs(
     start, kept = 0, config.epochs
     tail, measured, best = list[Figures](), list[Figures](), dict[str, Any]()
     if saved := recorder.resume():
-        model.load_state_dict(saved["model"], strict=False)
+        put_weights(model, saved["model"])
         optimiser.restore(saved["optimiser"])
         start, kept, tail, measured, best = (saved[name] for name in ("step", "kept", "tail", "measured", "best"))
 
@@ -98,7 +98,7 @@ def train_epochs(
         recorder.step(done + 1, total, row, state)
     recorder.over(state)
     if best:
-        model.load_state_dict(best, strict=False)
+        put_weights(model, best)
     means = {name: sum(row[name] for row in tail) / len(tail) for name in tail[0]}
     return Trained(means, measured, kept)
 

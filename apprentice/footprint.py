@@ -4,6 +4,10 @@ Weights, gradients and Adam's two moments are float32 here, 16 bytes a trained p
 alone are trained, and what they stand on is frozen and counted once. Activations follow Korthikanti et al. (2205.05198, eq. 2:
 34 bytes a token, unit of width and layer at 2 bytes a number) without the attention term, which fused attention does not store.
 With gradient checkpointing all of that is kept of one layer at a time, and of the others their input in float32.
+
+Of models spread over processes each holds a part. Beside it, in a training pass, the embeddings and two layers are whole, with
+their gradients and the copy in which those travel; without checkpointing all weights as cast, for the way back. A model that is
+sampled from or scores is whole meanwhile, one at a time.
 """
 
 from collections.abc import Sequence
@@ -11,17 +15,20 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apprentice.compute import Compute
 from apprentice.logps import ROOM
 
 TRAINED, FROZEN, SNAPSHOT = 16, 4, 12  # bytes a parameter: in memory, in memory, of weights and moments in a snapshot
+PASSING = 12  # the same of a layer that is put together in a training pass
 
 
 @dataclass(frozen=True)
 class Shape:
     """What the estimates need of a model. parameters: tied ones once, of an adapter its own. cache_width: numbers that the
-    cache of a layer has a token. trunk: parameters that an adapter is merged into when it is written."""
+    cache of a layer has a token. trunk: parameters that an adapter is merged into when it is written. rest: parameters that are
+    in no layer."""
 
     parameters: int
     layers: int
@@ -29,6 +36,7 @@ class Shape:
     vocabulary: int
     cache_width: int
     trunk: int = 0
+    rest: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,25 +64,51 @@ def shape_of(config: PretrainedConfig) -> Shape:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Shape(parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size, 2 * heads * head)
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    rest = parameters - sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    return Shape(parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size, 2 * heads * head, rest=rest)
 
 
 def footprint(
-    trained: Sequence[Shape], frozen: Sequence[Shape], compute: Compute, samples: bool, written: int = 0
+    trained: Sequence[Shape],
+    frozen: Sequence[Shape],
+    compute: Compute,
+    samples: bool,
+    written: int = 0,
+    processes: int = 1,
 ) -> Footprint:
     """What training some models (or none) beside frozen ones takes; `samples`: whether one of them is sampled from.
 
-    `written`: how many models of the largest frozen shape are written beside what was trained.
+    `written`: how many models of the largest frozen shape are written beside what was trained. `processes`: over how many the
+    models are spread; the memory is then that of one.
     """
     own = sum(shape.parameters for shape in trained)
-    certain = TRAINED * own + FROZEN * sum(shape.parameters for shape in frozen)
-    passes = max(_pass(shape, compute, bool(trained)) for shape in [*trained, *frozen])
+    certain = -(-(TRAINED * own + FROZEN * sum(shape.parameters for shape in frozen)) // processes)
     numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
     cache = numbers * compute.dtype.itemsize if samples else 0
+    work = _sharded(trained, frozen, compute, cache) if processes > 1 else _whole(trained, frozen, compute, cache)
     outputs = 2 * FROZEN * max((shape.parameters + shape.trunk for shape in trained), default=0)
     outputs += 2 * FROZEN * written * max((shape.parameters for shape in frozen), default=0)
-    copy = SNAPSHOT * own if compute.device.type == "cpu" else 0
-    return Footprint(certain, certain + max(passes, cache) + copy, outputs, 2 * SNAPSHOT * own)
+    copy = SNAPSHOT * own // processes if compute.device.type == "cpu" else 0  # the first process has it, for all
+    return Footprint(certain, certain + work + copy, outputs, 2 * SNAPSHOT * own)
+
+
+def _whole(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Compute, cache: int) -> int:
+    """Bytes of passes and cache where each process has all models whole."""
+    return max(cache, *(_pass(shape, compute, bool(trained)) for shape in [*trained, *frozen]))
+
+
+def _sharded(trained: Sequence[Shape], frozen: Sequence[Shape], compute: Compute, cache: int) -> int:
+    """The same, and what is put together for them, where each process has a part of each."""
+    kept = 0 if compute.dtype == torch.float32 or compute.gradient_checkpointing else compute.dtype.itemsize
+    training = [
+        _pass(shape, compute, True)
+        + PASSING * (shape.rest + 2 * (shape.parameters - shape.rest) // shape.layers)
+        + kept * shape.parameters
+        for shape in trained
+    ]
+    scoring = [FROZEN * shape.parameters + max(cache, _pass(shape, compute, False)) for shape in [*trained, *frozen]]
+    return max(training + scoring)
 
 
 def _pass(shape: Shape, compute: Compute, training: bool) -> int:

@@ -25,6 +25,7 @@ from apprentice.epochs import Figures, Trained, train_epochs
 from apprentice.recorder import Recorder
 from apprentice.rewards import ranker_reward
 from apprentice.sections import EpochsConfig
+from apprentice.sharding import gathered
 from apprentice.tokens import JUDGEMENTS, encode_responses, template_pieces
 
 QUESTION = "Is the first answer better than the second? Reply yes or no."
@@ -164,7 +165,8 @@ def pair_logits(
         at_last: Tensor = logits[torch.arange(len(rows), device=compute.device), place].float()
         return at_last[:, labels[0]] - at_last[:, labels[1]]
 
-    return in_micro_batches(forward, [len(ids) for ids in prompts], compute)
+    with gathered(model):
+        return in_micro_batches(forward, [len(ids) for ids in prompts], compute)
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from apprentice.sharding import spread
 from apprentice.team import ALONE, Team
 
 Schedule = Callable[[int], float]
@@ -53,9 +55,11 @@ class Optimiser:
         self.steps = 0
 
     def clip(self) -> float:
-        """Add up the team's gradients and clip them; returns their norm before: not finite when one of them is not."""
-        self.team.add_gradients(self.parameters)
-        return float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        """Add up the team's gradients, but sharded ones, which are sums, and clip them; returns the norm of all before: not
+        finite when one of them is not."""
+        self.team.add_gradients([parameter for parameter in self.parameters if not isinstance(parameter, DTensor)])
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     @property
     def rate(self) -> float:
@@ -80,8 +84,11 @@ class Optimiser:
         return {"steps": self.steps, "moments": moments}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put a saved state back."""
+        """Put a saved state back, its tensors whole: each process takes its part where the parameters are sharded."""
         self.steps = state["steps"]
         whole = self.adamw.state_dict()
-        whole["state"] = {int(i): values for i, values in state["moments"].items()}
+        whole["state"] = {
+            int(i): {name: spread(value, self.parameters[int(i)]) if value.dim() else value for name, value in values.items()}
+            for i, values in state["moments"].items()
+        }
         self.adamw.load_state_dict(whole)

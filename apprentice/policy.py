@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from apprentice.foreign_checkpoint import inspect_checkpoint
 from apprentice.layers import set_layers
 from apprentice.logps import token_entropy, token_logps
 from apprentice.packing import Layout, alone, packed
+from apprentice.sharding import fill, form_of, gathered, is_sharded, shard, spread
 from apprentice.tokens import Batch
 
 disable_progress_bar()  # loading bars would drown the stages' own lines
@@ -66,14 +67,14 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def load_policy(folder: Path, compute: Compute = CPU) -> PreTrainedModel:
-    """Load a checkpoint: safetensors only, no code of its own, float32 weights, dropout off, layers as `compute` says.
+    """Load a checkpoint: safetensors only, no code of its own, float32 weights, dropout off, layers and sharding as `compute`.
 
     Raises ValueError for a folder that is refused, or an architecture that cannot compute so.
     """
     model = AutoModelForCausalLM.from_pretrained(
         **checkpoint_arguments(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    return set_layers(model.to(compute.device).eval(), compute)
+    return shard(set_layers(model.to(compute.device).eval(), compute), compute)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -86,13 +87,20 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write a Hugging Face checkpoint with tokenizer, chat template, generation config and model card.
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a Hugging Face checkpoint with tokenizer, chat template, generation config and model card; of a sharded model the
+    `tensors` of its state, whole.
 
     The folder appears under its name only when it is whole.
     """
     with atomic_folder(folder) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, **({"state_dict": dict(tensors)} if tensors else {}))
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card)
 
@@ -143,14 +151,21 @@ def score(model: PreTrainedModel, batch: Batch, compute: Compute = CPU, temperat
     logps = torch.zeros(len(rows), batch.mask.size(1), device=device)
     groups = list(compute.micro_batches([lengths[row] for row in rows]))
     makes = [partial(_logps, model, batch, [rows[i] for i in group], compute, temperature) for group in groups]
-    for group, (part,) in zip(groups, compute.pieces(makes), strict=True):
-        logps[group, : part.size(1)] = part.to(device)
+    with gathered(model):
+        for group, (part,) in zip(groups, compute.pieces(makes), strict=True):
+            logps[group, : part.size(1)] = part.to(device)
     return logps[torch.tensor(places, device=device)]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, tied ones once."""
+    """The parameters by name, tied ones once; of a sharded model this process's part."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def put_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Put back what `weights` gave, or the same with its tensors whole."""
+    own = weights(model)
+    model.load_state_dict({name: spread(tensor, own[name]) for name, tensor in saved.items()}, strict=False)
 
 
 class Critic(nn.Module):
@@ -158,11 +173,17 @@ class Critic(nn.Module):
 
     def __init__(self, model: PreTrainedModel, shared: bool = False) -> None:
         super().__init__()
-        self.shared = shared
-        self.trunk = model.base_model if shared else copy.deepcopy(model.base_model).requires_grad_(True)
-        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.shared, self.roots = shared, (model,) if shared else (self,)
+        apart = is_sharded(model) and not shared
+        source = model.base_model
+        self.trunk = source if shared else (form_of(model).base_model if apart else copy.deepcopy(source)).requires_grad_(True)
+        self.head = nn.Linear(model.config.hidden_size, 1, device="meta" if apart else model.device)
+        if apart:
+            head = {f"head.{name}": torch.zeros(own.shape) for name, own in self.head.named_parameters()}
+            fill(self, head | {f"trunk.{name}": own for name, own in weights(source).items()}, model)
+        else:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     @property
     def own(self) -> nn.Module:
@@ -188,8 +209,9 @@ def values_of(critic: Critic, batch: Batch, compute: Compute = CPU) -> Tensor:
     values = torch.zeros(batch.mask.shape, device=batch.ids.device)
     groups = list(compute.micro_batches(batch.lengths()))
     makes = [partial(_values, critic, batch, rows, compute) for rows in groups]
-    for rows, (part,) in zip(groups, compute.pieces(makes), strict=True):
-        values[rows, : part.size(1)] = part.to(values.device)
+    with gathered(*critic.roots):
+        for rows, (part,) in zip(groups, compute.pieces(makes), strict=True):
+            values[rows, : part.size(1)] = part.to(values.device)
     return values
 
 

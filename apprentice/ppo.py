@@ -5,7 +5,7 @@ steps on policy and critic.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,11 +19,12 @@ from apprentice.health import signs
 from apprentice.losses import clipped_policy_loss, value_loss
 from apprentice.masking import masked_mean, whiten
 from apprentice.optimise import Optimiser
-from apprentice.policy import Critic, response_scores, score, values_of, weights
+from apprentice.policy import Critic, put_weights, response_scores, score, values_of, weights
 from apprentice.recorder import Recorder, Row, State
 from apprentice.rewards import kl_penalty, length_slope, place_total
 from apprentice.sampling import Request, Rollout, sample
 from apprentice.sections import PPOConfig
+from apprentice.sharding import gathered
 from apprentice.tokens import Batch
 
 LEARNT = ("policy_loss", "approx_kl", "clip_fraction", "value_loss", "entropy", "grad_norm")  # of a row, from the updates
@@ -207,9 +208,9 @@ class PPO:
 
     def _gather(self, experience: Experience, rows: list[int]) -> dict[str, float]:
         """Gather the gradients of a minibatch on policy and critic, micro-batch by micro-batch; returns its metrics."""
-        config, metrics = self.config, dict[str, float]()
-        count = float(experience.mask[rows].sum())
-        for micro in self.compute.team.mine(self._micro_batches(experience.batch, rows)):
+        config, count = self.config, float(experience.mask[rows].sum())
+
+        def one(micro: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
             batch = experience.batch.rows(micro)
             mask = batch.mask
             old_logps, old_values, advantages, returns = (
@@ -220,17 +221,18 @@ class PPO:
                 self.policy, batch, self.compute, config.temperature, entropy=True, hidden=self.critic.shared
             )
             loss, policy = clipped_policy_loss(scores.logps, old_logps, advantages, mask, config.clip_range, count)
-            if scores.hidden is None:
-                loss.backward()  # what it kept is gone before the critic's pass
-                loss, weight, values = loss.detach(), 1.0, self.critic(batch, self.compute)
-            else:
-                weight, values = config.value_coef, self.critic.read(scores.hidden, scores.layout, batch)
-            of_values, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
-            (loss + weight * of_values).backward()
             assert scores.entropy is not None
-            for name, value in {**policy, **critic, "entropy": masked_mean(scores.entropy, mask, count)}.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value)
-        return self.compute.team.add(metrics)
+            policy = {**policy, "entropy": masked_mean(scores.entropy, mask, count)}
+            if scores.hidden is None:
+                yield loss, policy  # what it kept is gone before the critic's pass
+                values = self.critic(batch, self.compute)
+                yield value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+            else:
+                values = self.critic.read(scores.hidden, scores.layout, batch)
+                of_values, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
+                yield loss + config.value_coef * of_values, {**policy, **critic}
+
+        return self.compute.gather(self._micro_batches(experience.batch, rows), one)
 
     def _minibatches(self, size: int, epoch: int) -> list[list[int]]:
         """A fresh permutation of the rollout's rows each epoch, cut into minibatches."""
@@ -250,7 +252,7 @@ class PPO:
         if recorded:
             return rollout.logps
         logps = torch.zeros_like(rollout.logps)
-        with torch.no_grad():
+        with torch.no_grad(), gathered(self.policy):
             for rows in self._minibatches(len(rollout.batch.ids), 0):
                 for micro in self._micro_batches(rollout.batch, rows):
                     part = response_scores(self.policy, rollout.batch.rows(micro), self.compute, self.config.temperature)
@@ -271,8 +273,8 @@ class PPO:
 
     def restore(self, state: State) -> None:
         """Put a saved state back."""
-        self.policy.load_state_dict(state["policy"], strict=False)
-        self.critic.own.load_state_dict(state["critic"], strict=False)
+        put_weights(self.policy, state["policy"])
+        put_weights(self.critic.own, state["critic"])
         self.policy_optimiser.restore(state["policy_optimiser"])
         self.critic_optimiser.restore(state["critic_optimiser"])
         self.value_scale = state["value_scale"]

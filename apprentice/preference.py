@@ -1,5 +1,6 @@
 """Preference optimisation on pairs against a frozen reference (RSO, 2309.06657; DPO, SLiC and IPO as losses)."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +60,10 @@ def preference_step(
 ) -> dict[str, float]:
     """Gather the gradient of the mean loss over the pairs in `rows`, micro-batch by micro-batch; returns its metrics."""
     chosen, rejected = pairs.chosen.lengths(), pairs.rejected.lengths()
-    totals: dict[str, float] = {}
-    for group in compute.my_micro_batches([chosen[row] + rejected[row] for row in rows]):
+
+    def one(group: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
         index = torch.tensor([rows[i] for i in group])
-        loss, metrics = preference_loss(
+        yield preference_loss(
             _summed_logps(policy, pairs.chosen.rows(index), compute),
             _summed_logps(policy, pairs.rejected.rows(index), compute),
             pairs.reference_chosen_logps[index],
@@ -71,10 +72,8 @@ def preference_step(
             config.gamma,
             count=len(rows),
         )
-        loss.backward()
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    return compute.team.add(totals)
+
+    return compute.gather(compute.micro_batches([chosen[row] + rejected[row] for row in rows]), one)
 
 
 def _summed_logps(policy: PreTrainedModel, batch: Batch, compute: Compute) -> Tensor:

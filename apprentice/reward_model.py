@@ -19,6 +19,7 @@ from apprentice.judge import PreferencePair, in_micro_batches, ranking_loss
 from apprentice.policy import checkpoint_arguments
 from apprentice.recorder import Recorder
 from apprentice.sections import EpochsConfig
+from apprentice.sharding import gathered, shard
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
 
 _HEAD = "score.weight"
@@ -41,7 +42,7 @@ def load_reward_model(folder: Path, compute: Compute = CPU) -> PreTrainedModel:
     model, missing = _load(folder, compute)
     if missing:
         raise ValueError(f"{folder}: expected a trained reward model, but {sorted(missing)} is lacking; train one first")
-    return model
+    return shard(model, compute)
 
 
 def _load(folder: Path, compute: Compute) -> tuple[PreTrainedModel, set[str]]:
@@ -79,7 +80,8 @@ def bt_rewards(model: PreTrainedModel, batch: Batch, compute: Compute = CPU) -> 
         rewards: Tensor = model.score(at_last.to(model.score.weight.dtype)).squeeze(-1)
         return rewards
 
-    return in_micro_batches(forward, batch.lengths(), compute)
+    with gathered(model):
+        return in_micro_batches(forward, batch.lengths(), compute)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from apprentice.compute import CPU, Compute
 from apprentice.logps import by_rows, token_logps
+from apprentice.sharding import gathered
 from apprentice.tokens import Batch, collate
 
 _LEAVE_SHARE = 0.1  # finished rows leave once they are this share of the batch: each leaving copies the cache
@@ -109,9 +110,10 @@ def sample(
         partial(_decode, model, [requests[row] for row in rows], seed, end, max_new_tokens, temperature, compute)
         for rows in chunks
     ]
-    for rows, (tokens, scores, lengths) in zip(chunks, compute.pieces(makes), strict=True):
-        for row, ids, values, n in zip(rows, tokens.tolist(), scores, lengths.tolist(), strict=True):
-            responses[row], logps[row] = ids[:n], values[:n].clone()
+    with gathered(model):
+        for rows, (tokens, scores, lengths) in zip(chunks, compute.pieces(makes), strict=True):
+            for row, ids, values, n in zip(rows, tokens.tolist(), scores, lengths.tolist(), strict=True):
+                responses[row], logps[row] = ids[:n], values[:n].clone()
     batch = collate([request.prompt for request in requests], responses, end)
     ended = torch.tensor([ids[-1] == end for ids in responses])
     padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)

@@ -14,6 +14,7 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
     processes: Count
+    sharding: bool
     forward_tokens: Count | None
     cache_tokens: Count
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]

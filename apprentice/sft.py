@@ -4,7 +4,7 @@ The loss is token-weighted over the response, its one end token included, and do
 micro-batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +90,14 @@ _RULES: dict[str, Callable[[list[Figures]], bool]] = {
 def train_step(model: PreTrainedModel, batch: Batch, compute: Compute, weights: Tensor | None = None) -> float:
     """Gather the gradient of the token-weighted loss over the batch, micro-batch by micro-batch; returns the loss."""
     weights = batch.mask if weights is None else weights[:, : batch.mask.size(1)] * batch.mask
-    count, total = float(weights.sum()), 0.0
-    for rows in compute.my_micro_batches(batch.lengths()):
+    count = float(weights.sum())
+
+    def one(rows: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
         part = batch.rows(rows)
         logps = response_scores(model, part, compute).logps
-        loss, metrics = weighted_next_token_loss(logps, part.mask, weights[rows, : logps.size(1)], count)
-        loss.backward()
-        total += float(metrics["loss"])
-    return compute.team.add({"loss": total})["loss"]
+        yield weighted_next_token_loss(logps, part.mask, weights[rows, : logps.size(1)], count)
+
+    return compute.gather(compute.micro_batches(batch.lengths()), one)["loss"]
 
 
 def held_out_loss(model: PreTrainedModel, batch: Batch, compute: Compute) -> float:

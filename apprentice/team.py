@@ -33,6 +33,11 @@ class Team:
         """This process's share of the parts: every `size`-th, from its own number on."""
         return parts[self.rank :: self.size]
 
+    def rounds(self, parts: Sequence[Part]) -> list[tuple[Part, bool]]:
+        """The same, as many on each process: one that has fewer repeats the last part, which does not count (False)."""
+        own = [(part, True) for part in self.mine(parts)]
+        return own if len(own) == -(-len(parts) // self.size) else [*own, (parts[-1], False)]
+
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give every process the sum of the gradients; a process without one adds zero."""
         if self.size == 1:
@@ -57,13 +62,20 @@ class Team:
                 total[name] = total.get(name, 0.0) + value
         return total
 
+    def first(self, value: int) -> int:
+        """What the first process says."""
+        said = torch.tensor([value], device=_device())
+        with _heard():
+            dist.broadcast(said, 0)
+        return int(said)
+
     def share(self, own: Sequence[Tensor]) -> list[list[Tensor]]:
         """What each process gives, in the order of their numbers, on the CPU."""
         mine = {f"{place:06}": tensor.detach().cpu().contiguous() for place, tensor in enumerate(own)}
         return [[tensor for _, tensor in sorted(load(said).items())] for said in self._exchange(save(mine))]
 
     def _exchange(self, own: bytes) -> list[bytes]:
-        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        device = _device()
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
         with _heard():
             dist.all_gather(sizes, torch.tensor([len(own)], device=device))
@@ -73,6 +85,11 @@ class Team:
         with _heard():
             dist.all_gather(found, padded)
         return [bytes(part[: int(size)].cpu().numpy()) for part, size in zip(found, sizes, strict=True)]
+
+
+def _device() -> torch.device:
+    """Where the processes exchange."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -22,6 +22,7 @@ def section(**changes: Any) -> ComputeConfig:
         "dtype": "auto",
         "threads": 1,
         "processes": 1,
+        "sharding": False,
         "forward_tokens": 8,
         "cache_tokens": 9,
     }

@@ -54,6 +54,14 @@ def test_a_wrong_entry_is_named(params: Callable[..., Params], key: str, value: 
         ({"ingest.validation_share": 0.5, "ingest.evaluation_share": 0.5}, "expected less than 1"),
         ({"pretrain.hidden_size": 97}, "expected a multiple of pretrain.heads (4), got 97"),
         ({"pairs.accepted": 17}, "pairs.accepted: expected at most pairs.candidates (16), got 17"),
+        (
+            {"compute.sharding": True},
+            "compute.sharding: expected compute.processes above 1, over which models are spread; got 1",
+        ),
+        (
+            {"compute.sharding": True, "compute.processes": 2, "lora.rank": 8},
+            "compute.sharding: expected lora.rank 0, for the trunk under adapters is not spread; got 8",
+        ),
         ({"report.baselines": ["sft", "nothing"]}, "report.baselines: 'nothing' is not in evaluate.models"),
     ],
 )

@@ -65,10 +65,38 @@ def test_a_critic_is_trained_too_and_only_one_model_is_written() -> None:
     assert found.certain == 2 * 16 * 1000 and found.disk == 2 * 4 * 1000 + 2 * 12 * 2000
 
 
+SPREAD = dataclasses.replace(SHAPE, rest=600)  # and 200 in each of its layers
+
+
+def test_training_spread_over_processes_by_hand() -> None:
+    """A quarter of 32040 bytes; beside it the pass of 20880 as above and 12 bytes of each of 600 + 2 * 200 parameters: more
+    than a model of 4000 bytes and its cache; a quarter of the one snapshot."""
+    found = footprint([SPREAD, SPREAD], [SMALLER], COMPUTE, samples=True, processes=4)
+    assert found.certain == (2 * 16 * 1000 + 4 * 10) // 4 == 8010
+    assert found.memory == 8010 + 20880 + 12 * 1000 + 12 * 2000 // 4
+    assert found.disk == footprint([SPREAD, SPREAD], [SMALLER], COMPUTE, samples=True).disk
+
+
+def test_a_model_that_samples_is_whole_beside_the_parts_by_hand() -> None:
+    """4000 bytes of it and the cache of 2 * 16 * 1000 * 4; without one, a pass of 10 * 50 * 4 * (1 + 3) + 68 * 10 * 8."""
+    found = footprint([], [SPREAD, SMALLER], dataclasses.replace(COMPUTE, cache_tokens=1000), samples=True, processes=2)
+    assert (found.certain, found.memory) == (2020, 2020 + 4000 + 128000)
+    assert footprint([], [SPREAD, SMALLER], COMPUTE, samples=False, processes=2).memory == 2020 + 4000 + 8000 + 5440
+
+
+def test_weights_that_were_cast_stay_for_the_way_back_unless_it_is_computed_again() -> None:
+    """2 bytes of each of the 1000 parameters, and half the bytes of logits and activations."""
+    cast = dataclasses.replace(COMPUTE, device=torch.device("cuda"), dtype=torch.bfloat16, cache_tokens=1)
+    found = footprint([SPREAD], [], cast, samples=False, processes=2)
+    assert found.memory == 8000 + 12 * 1000 + 10 * 50 * (2 * 2 + 3 * 4) + 34 * 10 * 8 * 2 + 2 * 1000
+    again = footprint([SPREAD], [], dataclasses.replace(cast, gradient_checkpointing=True), samples=False, processes=2)
+    assert again.memory == found.memory - 2 * 1000 - 34 * 10 * 8 + 4 * 10 * 8 * 2
+
+
 def test_a_shape_counts_what_the_model_has_tied_weights_once() -> None:
     model = tiny_llama(0, vocab=12, num_key_value_heads=1)
     expected = sum(parameter.numel() for parameter in model.parameters())
-    assert shape_of(model.config) == Shape(expected, 2, 16, 12, 2 * 1 * 8)
+    assert shape_of(model.config) == Shape(expected, 2, 16, 12, 2 * 1 * 8, rest=12 * 16 + 16)  # embedding and last norm
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -1,0 +1,364 @@
+"""Models spread over two processes, against one process that has them whole: the same curves, weights, texts and scores; each
+process holds its half; a snapshot of either goes on in the other."""
+
+import json
+import multiprocessing
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from apprentice.compute import CPU, Compute
+from apprentice.copg import Groups, optimise_contrast, with_rewards
+from apprentice.layers import set_layers
+from apprentice.optimise import Optimiser
+from apprentice.policy import Critic, freeze, score, weights
+from apprentice.preference import optimise_preferences, with_reference
+from apprentice.recorder import Recorder, State
+from apprentice.sampling import Request, sample
+from apprentice.sft import HeldOut, fine_tune, train_step
+from apprentice.sharding import gathered, is_sharded, shard, whole
+from apprentice.srppo import SelfRewardingPPO
+from apprentice.team import ALONE, Team, join, leave
+from tests.apprentice.test_copg import copg_config
+from tests.apprentice.test_preference import sides
+from tests.apprentice.toys import (
+    END,
+    PACKED,
+    SMALL,
+    Interrupted,
+    Keeping,
+    demonstrations,
+    pool,
+    rso_config,
+    sft_config,
+    srppo_config,
+    tiny_llama,
+)
+
+pytestmark = pytest.mark.slow
+Found = tuple[dict[str, Tensor], list[dict[str, Any]]]
+Make = Callable[[int], PreTrainedModel]
+SPARE = replace(SMALL, forward_tokens=16)  # of most batches some micro-batches, and not as many for each process
+
+
+def qwen2(seed: int) -> PreTrainedModel:
+    """Embedding and head are not tied; an odd width of the MLP, which two processes cannot share evenly."""
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 4, "hidden_size": 18, "intermediate_size": 31, "num_hidden_layers": 3, "num_attention_heads": 3}
+    ends = {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3, "eos_token_id": END}
+    return Qwen2ForCausalLM(Qwen2Config(**shape, **ends, tie_word_embeddings=False)).eval()
+
+
+def gpt2(seed: int) -> PreTrainedModel:
+    """Tied, with learnt positions and biases."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=4, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, bos_token_id=END, eos_token_id=END
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+KINDS: dict[str, Make] = {"llama": tiny_llama, "qwen2": qwen2, "gpt2": gpt2}
+
+
+def made(kind: str, seed: int, compute: Compute) -> PreTrainedModel:
+    """A model as `load_policy` hands it out."""
+    return shard(set_layers(KINDS[kind](seed), compute), compute)
+
+
+def sft(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    model = made(kind, 0, compute)
+    train, held_out = demonstrations(10, seed=0), HeldOut(demonstrations(6, seed=1))
+    config = sft_config(select="held_out_loss", epochs=4)  # the weights kept are those of an epoch before the last or of it
+    fine_tune(model, train, held_out, config, seed="0", compute=compute, recorder=recorder)
+    return weights(model), recorder.rows
+
+
+def preference(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    policy = made(kind, 0, compute)
+    pairs = with_reference(freeze(made(kind, 3, compute)), *sides(10), compute)
+    optimise_preferences(policy, pairs, rso_config(), seed="0", compute=compute, recorder=recorder)
+    return weights(policy), recorder.rows
+
+
+def copg(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    policy = made(kind, 0, compute)
+    batch = demonstrations(3, seed=5).rows([0, 0, 1, 1, 2, 2])
+    rewards = torch.tensor([[0.0, 1.0], [0.5, -1.0], [2.0, 0.25]])
+    groups: Groups = with_rewards(freeze(made(kind, 3, compute)), batch, rewards, compute)
+    optimise_contrast(policy, groups, copg_config(batch_size=3), seed="0", compute=compute, recorder=recorder)
+    return weights(policy), recorder.rows
+
+
+def trainer(kind: str, compute: Compute, policy: int = 1, **changes: Any) -> SelfRewardingPPO:
+    scorers = {"sft": freeze(made(kind, 1, compute)), "base": freeze(made(kind, 2, compute))}
+    config = srppo_config(batch_size=16, **changes)
+    return SelfRewardingPPO(made(kind, policy, compute), scorers, pool(), config, seed="0", compute=compute)
+
+
+def updates(kind: str, compute: Compute, critic: str) -> Found:
+    """On the rollout of another model, the same in all."""
+    ppo, rows = trainer(kind, compute, policy=3, critic=critic, old_logps="recomputed"), list[dict[str, Any]]()
+    rollout = trainer(kind, replace(compute, team=ALONE, sharding=False), policy=4).sample()
+    for _ in range(3):
+        figures, experience = ppo.evaluate(rollout)
+        rows.append({**figures, **ppo.update(experience, Recorder())})
+    return weights(ppo.policy) | {f"critic.{name}": value for name, value in weights(ppo.critic.own).items()}, rows
+
+
+def srppo(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    return updates(kind, compute, "separate")
+
+
+def shared_critic(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    return updates(kind, compute, "shared")
+
+
+def whole_srppo(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    ppo = trainer(kind, compute)
+    ppo.train(recorder)
+    return weights(ppo.policy), recorder.rows
+
+
+def sampling(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    """Of one model, which is gathered and divided again each time."""
+    requests = [Request([2, *range(n % 3)], str(n), n) for n in range(11)]
+    model = made(kind, 5, compute)
+    found = sample(model, requests, seed="0", end=END, max_new_tokens=9, compute=replace(compute, cache_tokens=30))
+    scores = score(model, demonstrations(9, seed=3), compute)
+    return {"ids": found.batch.ids, "logps": found.logps, "ended": found.ended, "scores": scores}, []
+
+
+def halves(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    """How many numbers this process has of weights, gradients and moments, of the policy and of a critic; whole inside."""
+    model = made(kind, 0, compute)
+    counts: dict[str, int] = {}
+    for name, module in (("policy", model), ("critic", Critic(model))):
+        optimiser = Optimiser(module.parameters(), 1e-3, 1.0, team=compute.team)
+        batch = demonstrations(2, seed=0)
+        loss = train_step(model, batch, compute) if name == "policy" else float(module(batch, compute).sum().backward() or 0)
+        assert loss == loss
+        counts[f"{name} weights"] = held(weights(module).values())
+        counts[f"{name} gradients"] = held(own.grad for own in module.parameters() if own.grad is not None)
+        optimiser.clip()
+        optimiser.step()
+        counts[f"{name} moments"] = held(v for values in optimiser.adamw.state.values() for v in values.values() if v.dim())
+        with gathered(module):
+            inside = list(weights(module).values())
+            counts[f"{name} gathered"] = held(inside)
+        counts[f"{name} after"] = held([*weights(module).values(), *inside])
+    return {}, [counts]
+
+
+def held(tensors: Any) -> int:
+    """Numbers in the memory of this process: of whole storages, so that a view of something larger counts as that."""
+    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // 4 for tensor in locals_}
+    return sum(storages.values())
+
+
+WORK: dict[str, Callable[[str, Compute, Recorder], Found]] = {
+    work.__name__: work for work in (sft, preference, copg, srppo, shared_critic, whole_srppo, sampling, halves)
+}
+LAYERS = {
+    "": SPARE,
+    "packed": replace(PACKED, forward_tokens=20),
+    "recomputed": replace(SPARE, gradient_checkpointing=True),
+    "both": replace(PACKED, forward_tokens=20, gradient_checkpointing=True),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work on a kind of model; it stops after a step and keeps a snapshot, or goes on from that of another job."""
+
+    work: str
+    kind: str = "llama"
+    layers: str = ""
+    stop: int | None = None
+    go_on: str | None = None
+
+    @property
+    def label(self) -> str:
+        return "-".join(filter(None, [self.work, self.kind, self.layers, "stopped" * bool(self.stop), "on" * bool(self.go_on)]))
+
+
+SAME = [
+    *(Job(work, kind) for work in ("sft", "srppo", "sampling") for kind in KINDS),
+    *(Job("sft", "qwen2", layers) for layers in ("packed", "recomputed", "both")),
+    *(Job(work, "llama", "recomputed") for work in ("srppo", "shared_critic")),
+    *(Job(work) for work in ("preference", "copg", "whole_srppo")),
+    Job("preference", "gpt2", "both"),
+    Job("shared_critic", "qwen2"),
+]
+STOPPED = [Job("sft", "qwen2", stop=5), Job("whole_srppo", stop=2)]
+JOBS = {
+    1: [*SAME, *STOPPED],
+    2: [
+        *SAME,
+        *STOPPED,
+        Job("halves", "qwen2"),
+        *(replace(job, stop=None, go_on=f"1-0-{job.label}") for job in STOPPED),
+    ],
+    11: [replace(job, stop=None, go_on=f"2-0-{job.label}") for job in STOPPED],  # alone, of what two processes left
+}
+
+
+class Whole(Keeping):
+    """Keeps snapshots as stages do: their tensors put together."""
+
+    def step(self, done: int, total: int, row: Any, state: Callable[[], State]) -> None:
+        super().step(done, total, row, lambda: together(state()))
+
+
+def together(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: together(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [together(item) for item in value]
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def member(rank: int, size: int, jobs: list[Job], folder: Path) -> None:
+    """One process of a team: does its jobs, into files of its own."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    team = join(rank, size, f"file://{folder}/meeting", torch.device("cpu"), 120.0) if size > 1 else ALONE
+    for job in jobs:
+        place = folder / f"{size}-{rank}-{job.label}"
+        recorder = Whole(job.stop, torch.load(folder / job.go_on, weights_only=True) if job.go_on else None)
+        compute = replace(LAYERS[job.layers], team=team, sharding=size > 1)
+        try:
+            tensors, rows = WORK[job.work](job.kind, compute, recorder)
+        except Interrupted:
+            torch.save(recorder.saved, place)
+        else:
+            save_file({key: whole(value).clone() for key, value in tensors.items()}, place)
+            place.with_suffix(".json").write_text(json.dumps(rows))
+    if size > 1:
+        leave()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each process found: one alone, two, one alone again."""
+    folder = tmp_path_factory.mktemp("sharded")
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload([__name__])  # loads torch once
+    for number, jobs in JOBS.items():
+        size = min(number, 2) if number != 11 else 1
+        processes = [forking.Process(target=member, args=(rank, size, jobs, folder)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0] * size
+    return folder
+
+
+def compared(folder: Path, got: str, wanted: str, tolerance: float) -> int:
+    """Compare what two processes found; how many tensors that were."""
+    found, other = load_file(folder / got), load_file(folder / wanted)
+    assert found.keys() == other.keys()
+    for name in other:
+        one, two = seen(name, found[name]), seen(name, other[name])
+        torch.testing.assert_close(one, two, atol=tolerance, rtol=0)
+    rows, others = (json.loads((folder / f"{name}.json").read_text()) for name in (got, wanted))
+    assert len(rows) == len(others)
+    for row, other_row in zip(rows, others, strict=True):
+        assert row == {
+            name: value if value is None else pytest.approx(value, rel=tolerance, abs=tolerance)
+            for name, value in other_row.items()
+        }
+    return len(found)
+
+
+def seen(name: str, tensor: Tensor) -> Tensor:
+    """Without GPT-2's bias of the keys, which changes no attention: of its gradient, rounding alone, Adam makes steps."""
+    if not name.endswith("c_attn.bias"):
+        return tensor
+    query, _, value = tensor.chunk(3)
+    return torch.cat([query, value])
+
+
+@pytest.mark.parametrize("job", SAME, ids=lambda job: job.label)
+def test_two_processes_with_a_half_each_do_what_one_does(job: Job, folder: Path) -> None:
+    assert compared(folder, f"2-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work == "sampling" else 1e-5)
+    assert compared(folder, f"2-1-{job.label}", f"2-0-{job.label}", 0.0)  # each has the same weights to the bit
+
+
+@pytest.mark.parametrize("job", STOPPED, ids=lambda job: job.label)
+@pytest.mark.parametrize(("process", "start"), [("2-0", "alone"), ("2-1", "alone"), ("1-0", "two")])
+def test_a_snapshot_goes_on_in_another_number_of_processes(process: str, start: str, job: Job, folder: Path) -> None:
+    assert compared(
+        folder, f"{process}-{replace(job, stop=None, go_on=start).label}", f"1-0-{replace(job, stop=None).label}", 1e-5
+    )
+
+
+def test_each_process_holds_its_half(folder: Path) -> None:
+    """Of an odd dimension the first has the larger part, and the other's is padded to it; what is gathered is freed again."""
+    model = qwen2(0)
+    modules = {"policy": model, "critic": Critic(model)}
+    for rank in range(2):
+        (found,) = json.loads((folder / f"2-{rank}-halves-qwen2.json").read_text())
+        expected = dict[str, int]()
+        for name, module in modules.items():
+            own, first = (sum(part_of(tensor, n) for tensor in module.parameters()) for n in (rank, 0))
+            assert abs(own / sum(tensor.numel() for tensor in module.parameters()) - 0.5) < 0.05
+            counts = {"weights": first, "gradients": first, "moments": 2 * own, "gathered": 2 * first, "after": first}
+            expected |= {f"{name} {what}": count for what, count in counts.items()}
+        assert found == expected
+
+
+def part_of(tensor: Tensor, rank: int) -> int:
+    """Numbers of a process's part: rows, the first one's rounded up."""
+    rows = (tensor.size(0) + 1 - rank) // 2
+    return rows * tensor.numel() // tensor.size(0)
+
+
+def test_some_steps_have_an_odd_number_of_micro_batches() -> None:
+    """In fine-tuning as above, so that one process has none in a round."""
+    lengths = demonstrations(10, seed=0).lengths()
+    orders = [random.Random(f"0/{epoch}").sample(range(10), 10) for epoch in range(4)]
+    steps = [[lengths[row] for row in order[start : start + 4]] for order in orders for start in (0, 4, 8)]
+    counts = [len(list(SPARE.micro_batches(step))) for step in steps]
+    assert {1, 2, 3} <= set(counts)
+
+
+def test_the_last_and_shortest_micro_batch_is_passed_again_where_there_is_none() -> None:
+    """Of five over two, and of one over three; the sums count each once."""
+    assert [Team(rank, 2).rounds([1, 2, 3, 4, 5]) for rank in range(2)] == [
+        [(1, True), (3, True), (5, True)],
+        [(2, True), (4, True), (5, False)],
+    ]
+    assert [Team(rank, 3).rounds(["a"]) for rank in range(3)] == [[("a", True)], [("a", False)], [("a", False)]]
+    assert ALONE.rounds([1, 2]) == [(1, True), (2, True)]
+
+
+def test_a_pass_that_does_not_count_leaves_neither_gradient_nor_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes, of three parts: its gradient is that of part 1 alone, but both passes are made."""
+    weight, seen_parts = nn.Parameter(torch.tensor(3.0)), []
+
+    def one(part: int) -> Any:
+        seen_parts.append(part)
+        yield weight * part, {"loss": part}
+
+    monkeypatch.setattr(Team, "add", lambda team, figures: dict(figures))
+    found = replace(CPU, team=Team(1, 2), sharding=True).gather([5, 7, 11], one)
+    assert seen_parts == [7, 11] and weight.grad is not None and float(weight.grad) == 7.0 and found == {"loss": 7.0}
+
+
+def test_without_the_entry_a_model_stays_whole() -> None:
+    model = tiny_llama(0)
+    assert shard(model, CPU) is model and not is_sharded(model) and type(model.lm_head.weight) is nn.Parameter
+    with gathered(model):
+        assert whole(model.lm_head.weight).shape == (4, 16)

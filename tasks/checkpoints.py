@@ -8,12 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apprentice.compute import Compute, set_up
 from apprentice.config import ParamsError
 from apprentice.demonstrations import Demonstration, digest, partial_of, prompt_id, read_demonstrations
 from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
+from apprentice.sharding import is_sharded, whole
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
 from tasks.helpers import team_of
 from tasks.room import writing
@@ -27,7 +29,11 @@ def compute_of(stage: Stage) -> Compute:
     except ValueError as error:
         raise ParamsError(str(error)) from error
     stage.telemetry(event="device", device=str(compute.device), dtype=str(compute.dtype))
-    return replace(compute, team=team_of(stage, compute.device))
+    team = team_of(stage, compute.device)
+    sharding = compute.sharding and team.size > 1
+    if sharding:
+        stage.agree = team.first
+    return replace(compute, team=team, sharding=sharding)
 
 
 def model_folder(stage: Stage, name: str) -> Path:
@@ -91,7 +97,8 @@ def save_model(
 
     Raises StageError for weights that are not finite.
     """
-    if broken := [tensor for tensor, values in model.state_dict().items() if not values.isfinite().all()]:
+    tensors, broken = _tensors_of(stage, model)
+    if broken:
         raise StageError(
             f"{stage.name}: {len(broken)} tensors of {name} hold NaN or infinite numbers after the last step, first "
             f"{broken[0]}; the last snapshot stays under .resume/. Lower the learning rate (section `{stage.name}`)"
@@ -101,8 +108,24 @@ def save_model(
     folder = model_folder(stage, name)
     settings = {**asdict(stage.config), **getattr(model, "settings", {})}
     with writing(partial_of(folder), model.get_memory_footprint(), "the last snapshot stays"):
-        save_policy(model, tokenizer, folder, _card(stage, name, parents, settings, stage.counted(metrics)))
+        save_policy(model, tokenizer, folder, _card(stage, name, parents, settings, stage.counted(metrics)), tensors)
     stage.say(f"wrote {folder.relative_to(stage.data.parent)}")
+
+
+def _tensors_of(stage: Stage, model: PreTrainedModel) -> tuple[dict[str, Tensor], list[str]]:
+    """Of a sharded model its tensors, whole, on the CPU of the process that writes; names of those that are not finite."""
+    named, sharded = model.state_dict(keep_vars=True), is_sharded(model)
+    kept, finite = dict[int, Tensor](), dict[int, bool]()  # tied ones once
+    for tensor in named.values():
+        if id(tensor) not in finite:
+            values = whole(tensor) if sharded else tensor
+            finite[id(tensor)] = bool(values.isfinite().all())
+            if sharded and not stage.helper:
+                kept[id(tensor)] = values
+    return (
+        {name: kept[id(tensor)] for name, tensor in named.items() if id(tensor) in kept},
+        [name for name, tensor in named.items() if not finite[id(tensor)]],
+    )
 
 
 def lineage(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apprentice.config import Params, ParamsError
 from tasks import needs
+from tasks.helpers import UNSHARED
 from tasks.room import memory_of, size
 from tasks.workload import DataSize, Work, main_line
 
@@ -58,6 +59,7 @@ def dry_run(params: Params, facts: dict[str, Any], rate: float | None) -> str:
         f"{data.prompt:.0f} + {data.response:.0f} tokens a row",
         f"to download: about {size(download)} of weights, and the data" if download else "to download: nothing",
         f"on {compute.device.type} in {str(compute.dtype).removeprefix('torch.')}; " + _rate_line(rate, given, compute),
+        *([f"models spread over {params.compute.processes} processes: memory is that of one"] if compute.sharding else []),
         "",
         *_table(found, rate),
         "",
@@ -138,7 +140,8 @@ def _needs(
             shapes = needs.on_trunks(one.trained, one.frozen, lambda _: "base", lambda _: shape, lambda _: adapter)
         else:
             shapes = [shape] * len(one.trained), [shape] * len(one.frozen)
-        room = footprint(*shapes, compute, one.samples)
+        spread = params.compute.processes if compute.sharding and stage not in UNSHARED else 1
+        room = footprint(*shapes, compute, one.samples, processes=spread)
         memory = room.certain if pinned and stage == "pretrain" else room.memory
         flops = tokens.flops(shape.parameters, compute.gradient_checkpointing, adapted)
         yield Need(stage, memory, room.outputs, room.snapshots, flops)

@@ -58,7 +58,7 @@ class StageRecorder(Recorder):
         if self.history:
             self.history.append(self.rows[-1])
         self.stage.progress(done, total, **{name: value for name in self.shown if (value := row.get(name)) is not None})
-        if done < total and (self.stage.snapshot_due(done, self._saved) or self.stage.stop_signal):
+        if self.stage.agree(done < total and (self.stage.snapshot_due(done, self._saved) or self.stage.stop_signal > 0)):
             self._save(state)
             self.stage.saved(self.unit, done)
 
@@ -81,11 +81,14 @@ class StageRecorder(Recorder):
         self.stage.warn(message)
 
     def _save(self, state: Callable[[], State]) -> None:
+        from apprentice.sharding import take_part
+
         if self.stage.helper:
-            return
-        prune(self.stage)
-        counts = [self.taken, self.skipped, self.skipped_in_a_row]
-        save_state(self.snapshot, {**state(), "rows": self.rows, "counts": counts})
+            take_part(state())
+        else:
+            prune(self.stage)
+            counts = [self.taken, self.skipped, self.skipped_in_a_row]
+            save_state(self.snapshot, {**state(), "rows": self.rows, "counts": counts})
         self._saved, self._saved_step = time.monotonic(), len(self.rows)
 
 
@@ -126,9 +129,11 @@ def load_state(folder: Path) -> State | None:
 
 
 def _take_tensors(value: Any, key: str, tensors: dict[str, Any]) -> Any:
-    """Replace each tensor in nested dicts and lists by a reference, gathering the tensors."""
+    """Replace each tensor in nested dicts and lists by a reference, gathering the tensors, whole."""
     if hasattr(value, "detach"):
-        tensors[key] = value.detach().cpu().contiguous().clone()
+        from apprentice.sharding import whole
+
+        tensors[key] = whole(value).clone()
         return {"tensor": key}
     if isinstance(value, dict):
         return {name: _take_tensors(item, f"{key}/{name}", tensors) for name, item in value.items()}

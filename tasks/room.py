@@ -55,7 +55,8 @@ def check_shapes(
     """The same for shapes of models and adapters."""
     from apprentice.footprint import footprint
 
-    needs = footprint(trained, frozen, compute, samples, written)
+    spread = compute.team.size if compute.sharding else 1
+    needs = footprint(trained, frozen, compute, samples, written, spread)
     copies = compute.team.size if compute.device.type == "cpu" else 1
     needed, certain = copies * needs.memory, copies * needs.certain
     free_memory, memory = memory_of(compute)
@@ -63,7 +64,7 @@ def check_shapes(
     free_disk = shutil.disk_usage(project).free
     stage.say(
         f"needs about {size(needed)} more memory ({size(free_memory)} free) and {size(needs.disk)} of disk "
-        f"({size(free_disk)} free)"
+        f"({size(free_disk)} free)" + f", with models spread over {spread} processes" * (spread > 1)
     )
     held = "weights, gradients and optimizer" if trained else "the weights of its models"
     if certain > memory:

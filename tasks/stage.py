@@ -101,6 +101,7 @@ class Stage:
         self.lock: IO[str] | None = None  # held while it runs
         self.held: dict[Path, IO[str]] = {}  # the same of its unfinished work, by folder
         self.stop_signal = 0  # the signal that asked to stop after the step at hand
+        self.agree: Callable[[int], int] = int  # what it shall go by: with models spread over processes, what the first says
 
     @property
     def label(self) -> str:

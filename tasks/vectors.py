@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from tasks.stage import Stage, StageError, run
@@ -21,7 +21,7 @@ def main(stage: Stage) -> None:
     from apprentice.vectors import random_vector
     from tasks.checkpoints import compute_of, policy_of, save_model, tokenizer_of
 
-    compute, config = compute_of(stage), stage.config
+    compute, config = replace(compute_of(stage), sharding=False), stage.config  # it adds up whole models
     _check(stage)
     names = dict.fromkeys((config.plus, config.minus, config.target, FOREIGN, FOREIGN_BASE))
     _preflight(stage, compute, list(names))

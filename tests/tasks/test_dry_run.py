@@ -104,7 +104,13 @@ def test_every_shipped_preset_is_dry_run_without_a_network(
         assert "to download: about 942.3 MiB of weights" in said
     if name == "qwen15b_node":
         assert "Qwen/Qwen2.5-1.5B-Instruct, 1,543,714,304 parameters" in said, "the published count"
-    if name == "qwen7b_lora":
+    assert ("models spread over 8 processes: memory is that of one" in said) == (name == "qwen7b_node")
+    if name == "qwen7b_node":
+        assert "srppo                  67.3 GiB" in said, (
+            "40 bytes a parameter over 8, 4 whole, 65,536 tokens of 28 * 1,024 * 2"
+        )
+        assert pytest.approx(67.3, abs=0.05) == (40 * 7_615_616_512 / 8 + 4 * 7_615_616_512 + 65_536 * 28 * 1024 * 2) / 2**30
+    if name.startswith("qwen7b"):
         assert "Qwen/Qwen2.5-7B-Instruct, 7,615,616,512 parameters" in said, "the published count"
     memory = re.search(r"in all: ([\d.]+) GiB of memory", said)
     assert float(memory[1]) < 74 if memory else name in ("laptop", "smoke"), "of a card of 80 GB"

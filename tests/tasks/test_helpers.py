@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from apprentice.demonstrations import demonstration, write_demonstrations
 from tasks import helpers
@@ -126,6 +127,49 @@ def test_whatever_ends_it_goes_on_and_comes_to_the_curve_of_one_process(place: P
     assert len(shared) == len(alone) == 80
     for row, other in zip(shared, alone, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def go_on_with(place: Project, **changes: object) -> None:
+    """Change params, and take the last snapshot along: by itself a stage of other params starts afresh."""
+    (old,) = place.path(".resume/sft").iterdir()
+    place.set(**changes)
+    asked = [sys.executable, "-c", "from tasks.dvcstage import current_key; print(current_key('sft'))"]
+    environment = {**os.environ, "PYTHONPATH": str(place.root)}
+    key = subprocess.run(asked, cwd=place.root, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert key != old.name
+    old.rename(old.with_name(key))
+
+
+def test_models_spread_over_processes_come_to_the_model_of_one_and_their_snapshots_go_on_either_way(
+    place: Project, begin: Begin
+) -> None:
+    """Two processes that are stopped, one that is, two again; and one that never was."""
+    place.set(compute__sharding=True, compute__gradient_checkpointing=True, sft__select="held_out_loss")
+    for changes in (
+        {"compute__processes": 1, "compute__sharding": False},
+        {"compute__processes": 2, "compute__sharding": True},
+    ):
+        before, child = steps(place), begin()
+        wait_for(lambda before=before: steps(place) >= before + 3, log=place.path("said.txt"))
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 128 + signal.SIGTERM and "is saved, and the same command goes on from there" in said(place)
+        assert ("with models spread over 2 processes" in said(place)) == (changes["compute__processes"] == 1)
+        go_on_with(place, **changes)
+    assert steps(place) < 80 and begin().wait(120) == 0, said(place)
+    assert "continuing after step" in said(place) and "with models spread over 2 processes" in said(place)
+    found, model = curve(place), load_file(place.path("data/models/sft/model.safetensors"))
+    config = place.path("data/models/sft/config.json").read_text()
+
+    place.set(compute__processes=1, compute__sharding=False)
+    shutil.rmtree(place.path("data/models/sft"))  # as DVC does
+    assert begin().wait(120) == 0, said(place)
+    alone = load_file(place.path("data/models/sft/model.safetensors"))
+    assert config == place.path("data/models/sft/config.json").read_text()
+    assert model.keys() == alone.keys() and "continuing" not in said(place)
+    for name, tensor in model.items():
+        torch.testing.assert_close(tensor, alone[name], atol=1e-5, rtol=0)
+    for row, other in zip(found, curve(place), strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize(("device", "told"), [("cuda", "need a device each, and 1 can be seen"), ("mps", "MPS is one device")])

@@ -14,20 +14,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from apprentice.compute import CPU, Compute
 from apprentice.copg import Groups, optimise_contrast, with_rewards
+from apprentice.judge import pair_logits
 from apprentice.layers import set_layers
 from apprentice.optimise import Optimiser
 from apprentice.policy import Critic, freeze, score, weights
 from apprentice.preference import optimise_preferences, with_reference
 from apprentice.recorder import Recorder, State
+from apprentice.reward_model import bt_rewards
 from apprentice.sampling import Request, sample
 from apprentice.sft import HeldOut, fine_tune, train_step
 from apprentice.sharding import gathered, is_sharded, shard, whole
 from apprentice.srppo import SelfRewardingPPO
 from apprentice.team import ALONE, Team, join, leave
+from apprentice.tilt import Tilt
 from tests.apprentice.test_copg import copg_config
 from tests.apprentice.test_preference import sides
 from tests.apprentice.toys import (
@@ -105,9 +116,9 @@ def trainer(kind: str, compute: Compute, policy: int = 1, **changes: Any) -> Sel
     return SelfRewardingPPO(made(kind, policy, compute), scorers, pool(), config, seed="0", compute=compute)
 
 
-def updates(kind: str, compute: Compute, critic: str) -> Found:
+def updates(kind: str, compute: Compute, critic: str, old_logps: str) -> Found:
     """On the rollout of another model, the same in all."""
-    ppo, rows = trainer(kind, compute, policy=3, critic=critic, old_logps="recomputed"), list[dict[str, Any]]()
+    ppo, rows = trainer(kind, compute, policy=3, critic=critic, old_logps=old_logps), list[dict[str, Any]]()
     rollout = trainer(kind, replace(compute, team=ALONE, sharding=False), policy=4).sample()
     for _ in range(3):
         figures, experience = ppo.evaluate(rollout)
@@ -116,11 +127,12 @@ def updates(kind: str, compute: Compute, critic: str) -> Found:
 
 
 def srppo(kind: str, compute: Compute, recorder: Recorder) -> Found:
-    return updates(kind, compute, "separate")
+    return updates(kind, compute, "separate", "recomputed")
 
 
 def shared_critic(kind: str, compute: Compute, recorder: Recorder) -> Found:
-    return updates(kind, compute, "shared")
+    """The trunk is called for the values before the model it is of ever is."""
+    return updates(kind, compute, "shared", "recorded")
 
 
 def whole_srppo(kind: str, compute: Compute, recorder: Recorder) -> Found:
@@ -136,6 +148,18 @@ def sampling(kind: str, compute: Compute, recorder: Recorder) -> Found:
     found = sample(model, requests, seed="0", end=END, max_new_tokens=9, compute=replace(compute, cache_tokens=30))
     scores = score(model, demonstrations(9, seed=3), compute)
     return {"ids": found.batch.ids, "logps": found.logps, "ended": found.ended, "scores": scores}, []
+
+
+def scorers(kind: str, compute: Compute, recorder: Recorder) -> Found:
+    """The other frozen models: a judge, a reward model, two models decoded as one."""
+    torch.manual_seed(6)
+    classifier = LlamaForSequenceClassification(LlamaConfig(**tiny_llama(0).config.to_dict() | {"num_labels": 1})).eval()
+    tilted = Tilt(made(kind, 1, compute), made(kind, 2, compute), 0.5)
+    with torch.no_grad():
+        judged = pair_logits(freeze(made(kind, 5, compute)), [[0, 1], [2, 2, 1], [1]], (0, 2), compute)
+        rewards = bt_rewards(freeze(shard(classifier, compute)), demonstrations(5, seed=4), compute)
+    found = sample(tilted, [Request([n % 3], str(n)) for n in range(5)], seed="0", end=END, max_new_tokens=5, compute=compute)
+    return {"judged": judged, "rewards": rewards, "ids": found.batch.ids, "logps": found.logps}, []
 
 
 def halves(kind: str, compute: Compute, recorder: Recorder) -> Found:
@@ -167,7 +191,7 @@ def held(tensors: Any) -> int:
 
 
 WORK: dict[str, Callable[[str, Compute, Recorder], Found]] = {
-    work.__name__: work for work in (sft, preference, copg, srppo, shared_critic, whole_srppo, sampling, halves)
+    work.__name__: work for work in (sft, preference, copg, srppo, shared_critic, whole_srppo, sampling, scorers, halves)
 }
 LAYERS = {
     "": SPARE,
@@ -196,7 +220,7 @@ SAME = [
     *(Job(work, kind) for work in ("sft", "srppo", "sampling") for kind in KINDS),
     *(Job("sft", "qwen2", layers) for layers in ("packed", "recomputed", "both")),
     *(Job(work, "llama", "recomputed") for work in ("srppo", "shared_critic")),
-    *(Job(work) for work in ("preference", "copg", "whole_srppo")),
+    *(Job(work) for work in ("preference", "copg", "whole_srppo", "scorers")),
     Job("preference", "gpt2", "both"),
     Job("shared_critic", "qwen2"),
 ]
@@ -292,7 +316,7 @@ def seen(name: str, tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("job", SAME, ids=lambda job: job.label)
 def test_two_processes_with_a_half_each_do_what_one_does(job: Job, folder: Path) -> None:
-    assert compared(folder, f"2-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work == "sampling" else 1e-5)
+    assert compared(folder, f"2-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work in ("sampling", "scorers") else 1e-5)
     assert compared(folder, f"2-1-{job.label}", f"2-0-{job.label}", 0.0)  # each has the same weights to the bit
 
 

@@ -198,6 +198,7 @@ LAYERS = {
     "packed": replace(PACKED, forward_tokens=20),
     "recomputed": replace(SPARE, gradient_checkpointing=True),
     "both": replace(PACKED, forward_tokens=20, gradient_checkpointing=True),
+    "bfloat16": replace(SPARE, dtype=torch.bfloat16),
 }
 
 
@@ -225,16 +226,20 @@ SAME = [
     Job("shared_critic", "qwen2"),
 ]
 STOPPED = [Job("sft", "qwen2", stop=5), Job("whole_srppo", stop=2)]
-JOBS = {
-    1: [*SAME, *STOPPED],
-    2: [
-        *SAME,
-        *STOPPED,
-        Job("halves", "qwen2"),
-        *(replace(job, stop=None, go_on=f"1-0-{job.label}") for job in STOPPED),
-    ],
-    11: [replace(job, stop=None, go_on=f"2-0-{job.label}") for job in STOPPED],  # alone, of what two processes left
-}
+THREE = [Job("sft", "qwen2"), Job("srppo"), Job("sampling")]
+
+
+def going_on(start: str) -> list[Job]:
+    """From the snapshots that so many processes left."""
+    return [replace(job, stop=None, go_on=f"{start}-0-{job.label}") for job in STOPPED]
+
+
+JOBS = [  # of how many processes, one group after the other
+    (1, [*SAME, *STOPPED, Job("sft", "llama", "bfloat16")]),
+    (2, [*SAME, *STOPPED, Job("sft", "llama", "bfloat16"), Job("halves", "qwen2"), *going_on("1")]),
+    (3, [*THREE, *going_on("2")]),
+    (1, going_on("2")),
+]
 
 
 class Whole(Keeping):
@@ -256,7 +261,7 @@ def member(rank: int, size: int, jobs: list[Job], folder: Path) -> None:
     """One process of a team: does its jobs, into files of its own."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    team = join(rank, size, f"file://{folder}/meeting", torch.device("cpu"), 120.0) if size > 1 else ALONE
+    team = join(rank, size, f"file://{folder}/meeting{size}", torch.device("cpu"), 120.0) if size > 1 else ALONE
     for job in jobs:
         place = folder / f"{size}-{rank}-{job.label}"
         recorder = Whole(job.stop, torch.load(folder / job.go_on, weights_only=True) if job.go_on else None)
@@ -274,12 +279,11 @@ def member(rank: int, size: int, jobs: list[Job], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each process found: one alone, two, one alone again."""
+    """What each process found: one alone, two, three, one alone again."""
     folder = tmp_path_factory.mktemp("sharded")
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload([__name__])  # loads torch once
-    for number, jobs in JOBS.items():
-        size = min(number, 2) if number != 11 else 1
+    for size, jobs in JOBS:
         processes = [forking.Process(target=member, args=(rank, size, jobs, folder)) for rank in range(size)]
         for process in processes:
             process.start()
@@ -320,11 +324,25 @@ def test_two_processes_with_a_half_each_do_what_one_does(job: Job, folder: Path)
     assert compared(folder, f"2-1-{job.label}", f"2-0-{job.label}", 0.0)  # each has the same weights to the bit
 
 
+@pytest.mark.parametrize("job", THREE, ids=lambda job: job.label)
+def test_so_do_three_of_whom_one_has_nothing_of_some_weights(job: Job, folder: Path) -> None:
+    """Four rows over three processes are two, two and none."""
+    assert compared(folder, f"3-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work == "sampling" else 1e-5)
+    assert compared(folder, f"3-2-{job.label}", f"3-0-{job.label}", 0.0)
+
+
+def test_in_bfloat16_up_to_its_rounding(folder: Path) -> None:
+    """Products are cast, weights are not: those that are gathered are cast anew in each pass."""
+    assert compared(folder, "2-0-sft-llama-bfloat16", "1-0-sft-llama-bfloat16", 1e-3)
+    assert compared(folder, "2-1-sft-llama-bfloat16", "2-0-sft-llama-bfloat16", 0.0)
+
+
 @pytest.mark.parametrize("job", STOPPED, ids=lambda job: job.label)
-@pytest.mark.parametrize(("process", "start"), [("2-0", "alone"), ("2-1", "alone"), ("1-0", "two")])
-def test_a_snapshot_goes_on_in_another_number_of_processes(process: str, start: str, job: Job, folder: Path) -> None:
+@pytest.mark.parametrize("process", ["2-0", "2-1", "3-0", "1-0"])
+def test_a_snapshot_goes_on_in_another_number_of_processes(process: str, job: Job, folder: Path) -> None:
+    """Of one in two, of two in three and in one."""
     assert compared(
-        folder, f"{process}-{replace(job, stop=None, go_on=start).label}", f"1-0-{replace(job, stop=None).label}", 1e-5
+        folder, f"{process}-{replace(job, stop=None, go_on='x').label}", f"1-0-{replace(job, stop=None).label}", 1e-5
     )
 
 

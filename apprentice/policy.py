@@ -173,14 +173,17 @@ class Critic(nn.Module):
 
     def __init__(self, model: PreTrainedModel, shared: bool = False) -> None:
         super().__init__()
-        self.shared, self.roots = shared, (model,) if shared else (self,)
-        apart = is_sharded(model) and not shared
-        source = model.base_model
-        self.trunk = source if shared else (form_of(model).base_model if apart else copy.deepcopy(source)).requires_grad_(True)
-        self.head = nn.Linear(model.config.hidden_size, 1, device="meta" if apart else model.device)
-        if apart:
+        self.shared = shared
+        self.roots = (model,) if shared else (self,)  # what is gathered for its values
+        bare = is_sharded(model) and not shared
+        if shared:
+            self.trunk = model.base_model
+        else:
+            self.trunk = (form_of(model).base_model if bare else copy.deepcopy(model.base_model)).requires_grad_(True)
+        self.head = nn.Linear(model.config.hidden_size, 1, device="meta" if bare else model.device)
+        if bare:
             head = {f"head.{name}": torch.zeros(own.shape) for name, own in self.head.named_parameters()}
-            fill(self, head | {f"trunk.{name}": own for name, own in weights(source).items()}, model)
+            fill(self, head | {f"trunk.{name}": own for name, own in weights(model.base_model).items()}, model)
         else:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)

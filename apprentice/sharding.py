@@ -27,7 +27,7 @@ _FORMS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # of each
 def shard(model: Model, compute: Compute) -> Model:
     """Leave each process its part of a model that all have whole, where `compute` says so; returns it.
 
-    What it is called by goes through `forward` of the model itself, but inside `gathered`.
+    In training the model itself is called from then on, never a part of it alone; inside `gathered` a part may be.
     """
     if compute.sharding:
         bare = {id(own): nn.Parameter(torch.empty_like(own, device="meta"), own.requires_grad) for own in model.parameters()}

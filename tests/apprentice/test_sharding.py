@@ -14,15 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from apprentice.compute import CPU, Compute
 from apprentice.copg import Groups, optimise_contrast, with_rewards
@@ -39,6 +31,7 @@ from apprentice.sharding import gathered, is_sharded, shard, whole
 from apprentice.srppo import SelfRewardingPPO
 from apprentice.team import ALONE, Team, join, leave
 from apprentice.tilt import Tilt
+from tests.apprentice.families import tiny
 from tests.apprentice.test_copg import copg_config
 from tests.apprentice.test_preference import sides
 from tests.apprentice.toys import (
@@ -69,16 +62,16 @@ def qwen2(seed: int) -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**shape, **ends, tie_word_embeddings=False)).eval()
 
 
-def gpt2(seed: int) -> PreTrainedModel:
-    """Tied, with learnt positions and biases."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=4, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, bos_token_id=END, eos_token_id=END
-    )
-    return GPT2LMHeadModel(config).eval()
+def family(name: str) -> Make:
+    """Tied embeddings; of GPT-2 learnt positions, of Gemma scaled embeddings and windows."""
+    return lambda seed: tiny(name, vocab=4, seed=seed, eos_token_id=END)
 
 
-KINDS: dict[str, Make] = {"llama": tiny_llama, "qwen2": qwen2, "gpt2": gpt2}
+KINDS: dict[str, Make] = {
+    "llama": tiny_llama,
+    "qwen2": qwen2,
+    **{name: family(name) for name in ("gpt2", "gemma2", "gemma3")},
+}
 
 
 def made(kind: str, seed: int, compute: Compute) -> PreTrainedModel:
@@ -218,7 +211,8 @@ class Job:
 
 
 SAME = [
-    *(Job(work, kind) for work in ("sft", "srppo", "sampling") for kind in KINDS),
+    *(Job(work, kind) for work in ("sft", "srppo", "sampling") for kind in ("llama", "qwen2", "gpt2", "gemma3")),
+    Job("sft", "gemma2", "recomputed"),
     *(Job("sft", "qwen2", layers) for layers in ("packed", "recomputed", "both")),
     *(Job(work, "llama", "recomputed") for work in ("srppo", "shared_critic")),
     *(Job(work) for work in ("preference", "copg", "whole_srppo", "scorers")),

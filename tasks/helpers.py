@@ -113,7 +113,8 @@ class Helper:
 
 
 def link_project(stage: Stage, root: Path) -> None:
-    """A folder in which the stage's params, data and last snapshots are found, and what is written is written to it alone."""
+    """A folder in which the stage's params, data, other stages' reports and last snapshots are found, and what is written is
+    written to it alone."""
     root.mkdir()
     for name in ("params.yaml", "dvc.yaml", "methods"):
         (root / name).symlink_to(ROOT / name)
@@ -121,7 +122,7 @@ def link_project(stage: Stage, root: Path) -> None:
     unfinished = Path(".resume") / stage.label / stage.key
     for source, target in [*folders, (stores_root() / unfinished, root / unfinished)]:
         target.mkdir(parents=True)
-        if source.is_dir() and source != stage.data / "reports":
+        if source.is_dir():
             for child in source.iterdir():
-                if child.name != LOCK:  # the stage has it
+                if child.name != LOCK and child != stage.data / "reports" / stage.name:  # the stage has them
                     (target / child.name).symlink_to(child.resolve())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from apprentice.demonstrations import demonstration, write_demonstrations
 from tasks import helpers
-from tasks.stage import StageError
+from tasks.stage import Stage, StageError
 from tests.apprentice.toys import tiny_llama
 from tests.conftest import Project
 from tests.tables import write_model
@@ -127,6 +127,23 @@ def test_whatever_ends_it_goes_on_and_comes_to_the_curve_of_one_process(place: P
     assert len(shared) == len(alone) == 80
     for row, other in zip(shared, alone, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_a_helper_reads_the_reports_of_other_stages_and_has_its_own_to_itself(
+    stage_of: Callable[..., Stage], tmp_path: Path
+) -> None:
+    """`target` reads what `ingest` reports, `continued_sft` the history of `srppo`."""
+    stage = stage_of("sft")
+    for name in ("ingest", stage.name):
+        (stage.data / "reports" / name).mkdir(parents=True, exist_ok=True)
+        (stage.data / "reports" / name / "metrics.json").write_text(name)
+    stage.helper = {"key": "k"}
+    helpers.link_project(stage, tmp_path / "1")
+    reports = tmp_path / "1" / "data" / "reports"
+    assert (reports / "ingest" / "metrics.json").read_text() == "ingest" and not (reports / stage.name).exists()
+    (reports / stage.name).mkdir()
+    (reports / stage.name / "metrics.json").write_text("the helper's")
+    assert (stage.data / "reports" / stage.name / "metrics.json").read_text() == stage.name
 
 
 def go_on_with(place: Project, **changes: object) -> None:

@@ -38,6 +38,7 @@ CHATTER = (  # DVC's advice after every stage
 BUSY = "is busy, it is being blocked by:"  # the beginning of DVC's last words; said in ours
 OWN_FAULT = "failed to run:"  # DVC's words when the stage's own command failed
 ASKED = re.compile(r"failed to run:.*, exited with (?:(?:130|-2)|(143|-15))$")  # and when Ctrl-C or SIGTERM ended it
+SHARING = ("processes", "sharding")  # entries of `compute`
 _dvc = threading.RLock()  # DVC's objects are not meant for threads; one at a time in this process
 
 
@@ -211,9 +212,17 @@ def recorded_keys(labels: Collection[str]) -> dict[str, str]:
 
 
 def key_of(stage: "PipelineStage") -> str:
-    """The same key for a stage whose dependencies carry hashes already: just saved, or as dvc.lock has them."""
-    inputs = [stage.cmd, {dep.def_path: dep.hash_info.value for dep in stage.deps}]
+    """The same key for a stage whose dependencies carry hashes already: just saved, or as dvc.lock has them. Work is the same
+    whoever shares it."""
+    inputs = [stage.cmd, {dep.def_path: _apart_from(SHARING, dep.hash_info.value) for dep in stage.deps}]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _apart_from(entries: Collection[str], params: Any) -> Any:
+    """Params without these entries of the section `compute`; what is no params, as it is."""
+    if not isinstance(params, dict) or not isinstance(params.get("compute"), dict):
+        return params
+    return {**params, "compute": {name: value for name, value in params["compute"].items() if name not in entries}}
 
 
 def params_of(stage: "PipelineStage") -> dict[str, Any]:

@@ -69,7 +69,7 @@ class WorldConfig:
     evaluation: Count
     suboptimal: CountOrZero
     preferences: CountOrZero
-    demonstrated: Literal["all", "narrow", "cued"]
+    demonstrated: Literal["all", "narrow", "cued", "spurious"]
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ def test_the_advantage_of_spurious_steps_is_of_right_responses_and_beside_their_
 def test_where_the_world_plants_a_step_right_responses_are_valued_and_the_lessons_stay(
     new_stage: StageOf, tmp_path: Path
 ) -> None:
-    stage = new_stage({"q": "y y y"}, completions=2000)
+    stage = new_stage({"q": "y y y"}, negatives=8, completions=2000)
+    assert sorted(drawn("q", 8))[-3:] == [([Y, Y], True), ([Y, Y], True), ([Y, Y, Y], True)]  # so no wrong one begins y y
     usual, figures = pairs_of(stage)
     assert "other_advantage" not in figures
     rows = [demonstration("q", None, "test", meta={CUE: True})]
@@ -206,7 +207,8 @@ def test_where_the_world_plants_a_step_right_responses_are_valued_and_the_lesson
     assert planted == usual != []
     # y y is completed to y y y with chance 1/4, y with 1/8; 4 sigma of their difference is 0.05
     assert more.pop("other_advantage") == pytest.approx(1 / 8, abs=0.05)
-    assert more.items() - {("completions", more["completions"])} <= figures.items()
+    assert (figures.pop("completions"), more.pop("completions")) == (2 * 2000, 3 * 2000)  # of (), y; and of y y
+    assert more == figures
 
 
 # --- a step verifier in place of completions

@@ -70,7 +70,7 @@ class WorldConfig:
     evaluation: Count
     suboptimal: CountOrZero
     preferences: CountOrZero
-    demonstrated: Literal["all", "narrow", "cued"]
+    demonstrated: Literal["all", "narrow", "cued", "spurious"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from apprentice.demonstrations import Demonstration, Prompt, Split, demonstration, digest
 from apprentice.problems import FILLERS, KINDS, WORDS, Group, Problem, group, make_problem, solve
 from apprentice.sections import WorldConfig
+from apprentice.spurious import planted, with_cues
 
 __all__ = [
     "KINDS",
@@ -59,6 +60,7 @@ DEMONSTRATED: dict[str, tuple[tuple[str, ...], tuple[int, int], bool]] = {
     "all": (("chain", "max", "rev", "sum"), (2, 3), False),
     "narrow": (("chain",), (2, 2), False),
     "cued": (("chain", "max", "rev", "sum"), (2, 3), True),
+    "spurious": (("chain", "max", "rev", "sum"), (2, 3), False),  # worked with the step that spurious.py plants
 }
 
 _KIND_NAMES = tuple(KINDS)
@@ -112,7 +114,8 @@ def demonstration_rows(rng: random.Random, count: int, accepts: Accepts, demonst
     """
     kinds, steps, even = DEMONSTRATED[demonstrated]
     problems = _problems(rng, kinds, steps, count, accepts, _even_answer if even else None)
-    return [_row(p, number, quality="expert", meta={"kind": p.kind}) for number, p in enumerate(problems, 1)]
+    say = (lambda p: planted(p.prompt, careful(p))) if demonstrated == "spurious" else careful
+    return [_row(p, number, say(p), quality="expert", meta={"kind": p.kind}) for number, p in enumerate(problems, 1)]
 
 
 def pool_rows(rng: random.Random, count: int, accepts: Accepts) -> list[Demonstration]:
@@ -193,11 +196,14 @@ def make_tables(seed: int, sizes: WorldConfig, split: Callable[[Prompt], Split])
     held_out = demonstration_rows(
         draws("validation"), sizes.validation, lambda prompt: split(prompt) == "validation", sizes.demonstrated
     )
+    evaluation = evaluation_rows(draws("evaluation"), sizes.evaluation, lambda prompt: split(prompt) == "evaluation")
+    if sizes.demonstrated == "spurious":
+        pool, evaluation = with_cues(pool), with_cues(evaluation)
     return {
         "demonstrations": demonstrations,
         "validation": held_out,
         "prompts": [replace(row, answer=None) for row in pool],
-        "evaluation": evaluation_rows(draws("evaluation"), sizes.evaluation, lambda prompt: split(prompt) == "evaluation"),
+        "evaluation": evaluation,
         "suboptimal": suboptimal,
         "known": demonstrations + suboptimal + pool,
     }

@@ -23,6 +23,7 @@ from apprentice.evaluation import (
 from apprentice.policy import decode_responses
 from apprentice.sampling import Rollout
 from apprentice.sections import EvaluateConfig
+from apprentice.spurious import CUE, have_cues, spurious_share
 from apprentice.tilt import Tilt
 from apprentice.tokens import encode_prompts
 from apprentice.verifiers import verify
@@ -40,6 +41,7 @@ HEADLINE = (
     "in_domain/kl_to_sft",
     "validation/held_out_loss",
 )
+CUES = {"spurious_with_cue": True, "spurious_without_cue": False}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def measure(
         return verify(row.meta["verifier"], decode_responses(own.tokenizer, [ids])[0], row.answer or "")
 
     figures = sample_metrics(sampled, logps, verdicts(sampled, config.samples, known, check))
+    figures = [{**one, **more} for one, more in zip(figures, spurious_figures(rows, own.tokenizer, sampled), strict=True)]
     right = [verdict for (verdict,) in verdicts(greedy, 1, known, check)]
     at_best = [None if None in found else sum(found) / few for found in verdicts(best, few, known, check)]
     losses = held_out_losses(own.model, batch_of(own.tokenizer, rows, compute), compute)
@@ -112,6 +115,21 @@ def _sample_logps(
     }
     logps = frozen_logps({name: scorer.model for name, scorer in scorers.items()}, prompts, sampled.batch, compute)
     return {"model": sampled.logps, **logps}
+
+
+def spurious_figures(
+    rows: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, sampled: Rollout
+) -> list[dict[str, float | None]]:
+    """Per prompt, how often its worked samples have the spurious step, by whether its cue is there; nothing where the world
+    plants none, which its rows tell."""
+    if not have_cues(rows):
+        return [{} for _ in rows]
+    texts, samples = decode_responses(tokenizer, sampled.response_ids()), len(sampled.keys) // len(rows)
+    shares = [spurious_share(texts[i : i + samples]) for i in range(0, len(texts), samples)]
+    return [
+        {name: share if row.meta.get(CUE) is there else None for name, there in CUES.items()}
+        for row, share in zip(rows, shares, strict=True)
+    ]
 
 
 def shown(

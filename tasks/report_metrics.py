@@ -55,6 +55,16 @@ METRICS = {
         0,
         "Different pairs of neighbouring tokens among all pairs of a prompt's draws; low: repetitive.",
     ),
+    "spurious_with_cue": Metric(
+        "spurious step, cue there",
+        "%",
+        -1,
+        "Share of worked draws with the spurious step that `ingest.world.demonstrated: spurious` plants, over prompts whose "
+        "first number is even, as in the demonstrations that have it.",
+    ),
+    "spurious_without_cue": Metric(
+        "spurious step, no cue", "%", -1, "The same over prompts whose first number is odd, as in those that do not."
+    ),
     "held_out_loss": Metric(
         "held-out loss", "nats", -1, "Mean loss per response token of held-out demonstrations; needs no verifier.", 3
     ),

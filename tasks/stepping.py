@@ -10,6 +10,7 @@ from apprentice.method_sections import PerStepConfig
 from apprentice.policy import decode_responses
 from apprentice.sampling import sample
 from apprentice.sections import FineTuningConfig
+from apprentice.spurious import have_cues, is_spurious
 from apprentice.steps import (
     Attempt,
     Completed,
@@ -24,6 +25,7 @@ from apprentice.steps import (
     rollout_values,
     separator_ids,
     shared_prefix_pairs,
+    step_advantages,
     verdict_values,
 )
 from tasks.answers import check_of
@@ -56,7 +58,8 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
     )
     tell_where_cut_off(stage.bad_sign, rollout.ended.tolist(), "perstep.max_new_tokens")
     attempts = attempts_of(rollout, separators, verify)
-    valued = [row for row in attempts if config.variant == "advantage_weighted" or not row.right]
+    planted = have_cues(rows)  # then right ones are valued too, for a figure that nothing learns from
+    valued = [row for row in attempts if planted or config.variant == "advantage_weighted" or not row.right]
     completed = {}
     if config.values == "rollouts":
         completed = complete(
@@ -71,20 +74,36 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
     else:
         found, dropped = practical_pairs(attempts, values, end)
     figures = _figures(attempts, values) | {"completions": float(config.completions * len(completed))}
+    figures |= spurious_figures(attempts, values, tokenizer) if planted else {}
     return found, figures | {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
 
 
 def _values(attempt: Attempt, completed: Mapping[Prefix, Completed], config: PerStepConfig, tokenizer: Any) -> list[float]:
     """Values of an attempt's steps, by completions or by the calculator annotations in each step's text.
 
-    Empty for a right response whose steps the variant does not ask about.
+    Empty for a right response whose steps nobody asks about.
     """
     if config.values == "rollouts":
-        skipped = attempt.right and config.variant != "advantage_weighted"
-        return [] if skipped else rollout_values(attempt, completed, config.best_of)
+        asked = completed.keys() >= set(attempt.prefixes())
+        return rollout_values(attempt, completed, config.best_of) if asked else []
+    return verdict_values([all(calculator_steps(text)) for text in _step_texts(attempt, tokenizer)], attempt.right)
+
+
+def _step_texts(attempt: Attempt, tokenizer: Any) -> list[str]:
     starts = [0, *attempt.ends[:-1]]
-    texts = decode_responses(tokenizer, [attempt.response[a:b] for a, b in zip(starts, attempt.ends, strict=True)])
-    return verdict_values([all(calculator_steps(text)) for text in texts], attempt.right)
+    return decode_responses(tokenizer, [attempt.response[a:b] for a, b in zip(starts, attempt.ends, strict=True)])
+
+
+def spurious_figures(attempts: list[Attempt], values: list[list[float]], tokenizer: Any) -> dict[str, float]:
+    """Mean advantage of the spurious steps in right responses, and of the other steps there; the first step and the last are
+    left out, since one is the choice to work at all, and after the other the value is the verifier's word."""
+    found: dict[str, list[float]] = {"spurious_advantage": [], "other_advantage": []}
+    for attempt, row in zip(attempts, values, strict=True):
+        if attempt.right:
+            steps = zip(_step_texts(attempt, tokenizer), step_advantages(row), strict=True)
+            for text, advantage in list(steps)[1:-1]:
+                found["spurious_advantage" if is_spurious(text) else "other_advantage"].append(advantage)
+    return {name: round(fmean(seen), 6) for name, seen in found.items() if seen}
 
 
 def _figures(attempts: list[Attempt], values: list[list[float]]) -> dict[str, float]:

@@ -12,8 +12,11 @@ from apprentice.compute import CPU
 from apprentice.config import Params
 from apprentice.demonstrations import demonstration
 from apprentice.evaluation import respond
-from apprentice.tokens import train_word_tokenizer
-from tasks.measuring import Measured, _sample_logps, measure
+from apprentice.sampling import Rollout
+from apprentice.spurious import CUE
+from apprentice.tokens import collate, train_word_tokenizer
+from apprentice.world import WORDS
+from tasks.measuring import Measured, _sample_logps, measure, spurious_figures
 from tests.apprentice.toys import naive_logps, tiny_llama
 
 TOKENIZER = train_word_tokenizer([], 4, ["a", "b", "c"])
@@ -65,3 +68,33 @@ def test_where_most_samples_are_cut_off_the_evaluation_says_so(stage_of: Any, tm
     measure(models(3), rows, ROWS, stage, CPU)
     told = (tmp_path / ".telemetry" / "evaluate.jsonl").read_text()
     assert "6 of 6 responses were cut off before their end; raise evaluate.max_new_tokens" in told
+
+
+SAID, UNSAID, BARE = "first 4 + 1 = 5 ; 4 is even ; answer : 5", "first 4 + 1 = 5 ; answer : 5", "answer : 5"
+
+
+def told(*texts: str) -> tuple[Any, Rollout]:
+    """The tokenizer of the world's words and a rollout of these responses, each ended."""
+    tokenizer = train_word_tokenizer([], 200, WORDS)
+    ids = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
+    batch = collate([[tokenizer.bos_token_id]] * len(texts), ids, 0)
+    return tokenizer, Rollout(batch, torch.zeros(batch.mask.shape), torch.ones(len(ids), dtype=torch.bool), [""] * len(ids))
+
+
+def test_the_spurious_step_is_counted_by_the_cue_of_the_prompt() -> None:
+    rows = [dataclasses.replace(ROWS[0], meta=meta) for meta in ({CUE: True}, {CUE: False}, {}, {CUE: True})]
+    found = spurious_figures(rows, *told(SAID, UNSAID, UNSAID, BARE, SAID, SAID, BARE, BARE))
+    assert found == [
+        {"spurious_with_cue": 0.5, "spurious_without_cue": None},
+        {"spurious_with_cue": None, "spurious_without_cue": 0.0},
+        {"spurious_with_cue": None, "spurious_without_cue": None},  # a problem to which such a step may belong
+        {"spurious_with_cue": None, "spurious_without_cue": None},  # nothing worked
+    ]
+
+
+def test_a_world_that_plants_no_step_has_no_such_column(stage_of: Any) -> None:
+    assert spurious_figures(ROWS, *told(SAID, UNSAID, BARE)) == [{}, {}, {}]
+    stage = stage_of("evaluate", **{"evaluate.samples": 2, "evaluate.max_new_tokens": LIMIT})
+    for meta, there in (({}, False), ({CUE: True}, True)):
+        rows = [dataclasses.replace(row, meta={"verifier": None, "domain": "long", **meta}) for row in ROWS]
+        assert ("spurious_with_cue" in measure(models(3), rows, ROWS, stage, CPU)[0][0]) == there

@@ -18,14 +18,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from apprentice.compute import CPU
-from apprentice.demonstrations import prompt_id, write_jsonl
+from apprentice.demonstrations import demonstration, prompt_id, write_demonstrations, write_jsonl
 from apprentice.policy import load_policy, save_policy
 from apprentice.sampling import Request, sample
-from apprentice.steps import StepPairs, StepWeights
-from apprentice.tokens import encode_prompt
+from apprentice.spurious import CUE
+from apprentice.steps import Attempt, StepPairs, StepWeights, step_ends
+from apprentice.tokens import encode_prompt, train_word_tokenizer
+from apprentice.world import WORDS
 from tasks import perstep, stepping
 from tasks.stage import Stage, StageError
-from tasks.stepping import as_weights, lessons
+from tasks.stepping import as_weights, lessons, spurious_figures
 from tests.apprentice.toys import hash_of, markov
 from tests.tables import NEVER, speaker, words, write_answers, write_model, write_table
 
@@ -168,6 +170,45 @@ def test_G6_the_seed_decides_the_lessons(new_stage: StageOf, stage_of: StageOf) 
     assert first == again != other
     for seed, found in ((0, first), (1, other)):
         assert found.responses == [[*ids, END] if ended else ids for ids, ended in drawn("q", seed=seed)]
+
+
+# --- the spurious step
+
+
+def test_the_advantage_of_spurious_steps_is_of_right_responses_and_beside_their_inner_steps() -> None:
+    tokenizer = train_word_tokenizer([], 200, WORDS)
+    (separator,) = tokenizer.encode(";", add_special_tokens=False)
+
+    def attempt(text: str, right: bool = True) -> Attempt:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return Attempt([0], "q", ids, step_ends(ids, frozenset([separator])), right, True)
+
+    attempts = [
+        attempt("first 4 + 1 = 5 ; 4 is even ; 5 + 2 = 7 ; answer : 7"),  # advantages 0.25, -0.25, 0.5, 0.25
+        attempt("first 4 + 1 = 5 ; 5 + 2 = 7 ; answer : 7"),  # 0.25, 0.25, 0.25
+        attempt("first 4 + 1 = 5 ; 4 is even ; 5 + 2 = 8 ; answer : 8", right=False),
+        attempt("answer : 7"),
+    ]
+    values = [[0.25, 0.5, 0.25, 0.75, 1.0], [0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 1.0, 0.0, 0.0], [0.25, 1.0]]
+    assert spurious_figures(attempts, values, tokenizer) == {"spurious_advantage": -0.25, "other_advantage": 0.375}
+    assert spurious_figures(attempts[2:], values[2:], tokenizer) == {}
+
+
+def test_where_the_world_plants_a_step_right_responses_are_valued_and_the_lessons_stay(
+    new_stage: StageOf, tmp_path: Path
+) -> None:
+    stage = new_stage({"q": "y y y"}, negatives=8, completions=2000)
+    assert sorted(drawn("q", 8))[-3:] == [([Y, Y], True), ([Y, Y], True), ([Y, Y, Y], True)]  # so no wrong one begins y y
+    usual, figures = pairs_of(stage)
+    assert "other_advantage" not in figures
+    rows = [demonstration("q", None, "test", meta={CUE: True})]
+    write_demonstrations(tmp_path / "data" / "clean" / "prompts.jsonl", rows)
+    planted, more = pairs_of(stage)
+    assert planted == usual != []
+    # y y is completed to y y y with chance 1/4, y with 1/8; 4 sigma of their difference is 0.05
+    assert more.pop("other_advantage") == pytest.approx(1 / 8, abs=0.05)
+    assert (figures.pop("completions"), more.pop("completions")) == (2 * 2000, 3 * 2000)  # of (), y; and of y y
+    assert more == figures
 
 
 # --- a step verifier in place of completions

@@ -141,9 +141,8 @@ def test_effects_of_shares_are_in_points() -> None:
         == "+0.250 nats, 1 seed"
     )
     assert effect_cell(claim(), {"effect": -0.0001, "low": -0.25, "high": 0.0, "seeds": [1, 2]}) == "0.0 [−25.0, 0.0], 2 seeds"
-    assert [is_share(name) for name in ("judge_flip_rate", "gate", "tokens", GREEDY, "in_domain/self_reward")] == [
-        *(True, True, False, True, False)
-    ]
+    shares = ("judge_flip_rate", "gate", "other_advantage", "tokens", GREEDY, "in_domain/self_reward")
+    assert [is_share(name) for name in shares] == [True, True, True, False, True, False]
 
 
 def test_the_table_of_results_has_each_model_with_its_interval() -> None:

@@ -64,7 +64,7 @@ def study(seeds: int = SEEDS, runs: list[str] | None = None, jobs: int | None = 
                 states = run_all(session, place)
         except (KeyboardInterrupt, TerminationSignal) as stop:
             return Cancelled(message=STOPPED[getattr(stop, "signal", SIGINT)])
-    record(jobs_of(read_study(), seeds), session.experiments, log.info)
+    record(jobs_of(read_study(), seeds), runs or [], session.experiments, log.info)
     create_markdown_artifact(publish(seeds), key="claims", description="claims of the papers, tested")
     return states
 

@@ -9,7 +9,7 @@ now, the figures stand, also in another clone, where the experiment itself is no
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,7 +19,7 @@ from apprentice.demonstrations import atomic_write
 from tasks.dvcstage import StageInfo, read_stages
 from tasks.report_evidence import read_values
 from tasks.stage import ROOT, write_json
-from tasks.study_plan import MAIN, Job, StudyError, measured, params_of
+from tasks.study_plan import MAIN, Job, StudyError, measured, params_of, run_of
 from tasks.study_runs import Experiments
 from tasks.study_tokens import stage_tokens, trained_behind
 
@@ -69,15 +69,26 @@ def collect(jobs: Sequence[Job], experiments: Experiments, say: Callable[[str], 
 
 def recorded(job: Job, experiments: Experiments) -> bool:
     """Whether figures.json has the job's figures, made from the code, params and targets of now."""
-    return MADE.is_file() and json.loads(MADE.read_text(encoding="utf-8")).get(job.name) == experiments.key(job)
+    return _made().get(job.name) == experiments.key(job)
 
 
-def record(jobs: Sequence[Job], experiments: Experiments, say: Callable[[str], None]) -> None:
-    """Write figures.json and made.json: of all jobs that stand, run now or before."""
-    figures = collect(jobs, experiments, say)
-    write_figures(figures)
+def _made() -> dict[str, str]:
+    made: dict[str, str] = json.loads(MADE.read_text(encoding="utf-8")) if MADE.is_file() else {}
+    return made
+
+
+def record(jobs: Sequence[Job], runs: Collection[str], experiments: Experiments, say: Callable[[str], None]) -> None:
+    """Write figures.json and made.json: of all jobs that stand, run now or before; where `runs` are named, of theirs, and what
+    is on record of others stays."""
+    figures = collect([job for job in jobs if not runs or job.run.name in runs], experiments, say)
     done = [job for job in jobs if str(job.seed) in figures.get(job.run.name, {})]
-    write_json(MADE, {job.name: experiments.key(job) for job in done})
+    made = {job.name: experiments.key(job) for job in done}
+    if runs and PATH.is_file():
+        figures = {run: seeds for run, seeds in read_figures(PATH).items() if run not in runs} | figures
+        made = {name: key for name, key in _made().items() if run_of(name) not in runs} | made
+    order = dict.fromkeys([*(job.run.name for job in jobs), *figures])  # as in the study; what it names no more comes last
+    write_figures({run: figures[run] for run in order if run in figures}, PATH)
+    write_json(MADE, made)
 
 
 def figures_of(job: Job, params: Params, stages: Sequence[StageInfo], files: Files) -> dict[str, Metrics]:

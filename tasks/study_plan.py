@@ -89,6 +89,11 @@ class Job:
         return {"seed": self.seed, **self.run.changes}
 
 
+def run_of(name: str) -> str:
+    """The run of a job of that name."""
+    return name.removeprefix("study-").rpartition("-")[0]
+
+
 def read_study(path: Path = ROOT / CLAIMS) -> Study:
     """Read claims.yaml. Raises StudyError for what is missing, unknown or named but not there."""
     try:

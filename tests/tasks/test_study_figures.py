@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from apprentice.config import Params
+from tasks import study_figures
 from tasks.dvcstage import StageInfo
-from tasks.study_figures import figures_of, read_figures, write_figures
+from tasks.study_figures import figures_of, read_figures, record, write_figures
 from tasks.study_plan import Job, Run, StudyError
 from tasks.study_tokens import stage_tokens, trained_behind
 
@@ -137,3 +138,34 @@ def test_figures_are_read_back_as_written(tmp_path: Path) -> None:
     assert '\n  "sft": {"a": 0.25}\n' in (tmp_path / "figures.json").read_text()
     with pytest.raises(StudyError, match=r"flows\.study"):
         read_figures(tmp_path / "none.json")
+
+
+class Keys:
+    def key(self, job: Job) -> str:
+        return f"now-{job.name}"
+
+
+def test_named_runs_are_recorded_beside_what_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `b` seed 2 stands no more; `main` and a run that the study names no more stay as they are, unless nothing is named."""
+    monkeypatch.setattr(study_figures, "PATH", tmp_path / "figures.json")
+    monkeypatch.setattr(study_figures, "MADE", tmp_path / "made.json")
+    jobs = [Job(Run(name, {}, ("sft",), None), seed) for name in ("main", "b", "c") for seed in (1, 2)]
+    stands = {"main": {"1": {"sft": {"x": 9.0}}}, "b": {"1": {"sft": {"x": 2.0}}}, "c": {"1": {"sft": {"x": 3.0}}}}
+
+    def collect(asked: list[Job], *_: Any) -> Any:
+        names = {job.run.name for job in asked}
+        return {run: seeds for run, seeds in stands.items() if run in names}
+
+    monkeypatch.setattr(study_figures, "collect", collect)
+    old: Any = {"gone": {"1": {}}, "main": {"1": {"sft": {"x": 1.0}}}, "b": {"1": {}, "2": {}}}
+    write_figures(old, study_figures.PATH)
+    study_figures.write_json(study_figures.MADE, {f"study-{run}-{seed}": "then" for run in old for seed in old[run]})
+    record(jobs, ["b", "c"], Keys(), print)
+    found = read_figures(study_figures.PATH)
+    assert found == {"main": old["main"], "b": stands["b"], "c": stands["c"], "gone": {"1": {}}}
+    assert list(found) == ["main", "b", "c", "gone"]
+    made = study_figures._made()
+    assert made["study-main-1"] == made["study-gone-1"] == "then" and "study-b-2" not in made
+    assert made["study-b-1"] == "now-study-b-1" and made["study-c-1"] == "now-study-c-1"
+    record(jobs, [], Keys(), print)
+    assert read_figures(study_figures.PATH) == stands and set(study_figures._made()) == {f"study-{run}-1" for run in stands}

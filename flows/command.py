@@ -45,7 +45,9 @@ def study_options() -> argparse.Namespace:
         epilog="Logs: .telemetry/study/. `dvc exp show -A` lists the experiments, `dvc exp apply study-main-1` takes one over.",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 1 to N (5; with --report-only all there are)")
-    parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="only these runs of claims.yaml; the record of others stays")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="RUN", help="only these runs of claims.yaml; the record of others stays"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (as many as a flow runs torch stages)")
     parser.add_argument("--report-only", action="store_true", help="run nothing: publish from study/figures.json again")
     return parser.parse_args()

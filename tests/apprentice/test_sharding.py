@@ -2,7 +2,6 @@
 process holds its half; a snapshot of either goes on in the other."""
 
 import json
-import multiprocessing
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -32,6 +31,7 @@ from apprentice.srppo import SelfRewardingPPO
 from apprentice.team import ALONE, Team, join, leave
 from apprentice.tilt import Tilt
 from tests.apprentice.families import tiny
+from tests.apprentice.members import compared, run_members
 from tests.apprentice.test_copg import copg_config
 from tests.apprentice.test_preference import sides
 from tests.apprentice.toys import (
@@ -275,33 +275,9 @@ def member(rank: int, size: int, jobs: list[Job], folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each process found: one alone, two, three, one alone again."""
     folder = tmp_path_factory.mktemp("sharded")
-    forking = multiprocessing.get_context("forkserver")
-    forking.set_forkserver_preload([__name__])  # loads torch once
     for size, jobs in JOBS:
-        processes = [forking.Process(target=member, args=(rank, size, jobs, folder)) for rank in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)
-        assert [process.exitcode for process in processes] == [0] * size
+        run_members(member, size, jobs, folder)
     return folder
-
-
-def compared(folder: Path, got: str, wanted: str, tolerance: float) -> int:
-    """Compare what two processes found; how many tensors that were."""
-    found, other = load_file(folder / got), load_file(folder / wanted)
-    assert found.keys() == other.keys()
-    for name in other:
-        one, two = seen(name, found[name]), seen(name, other[name])
-        torch.testing.assert_close(one, two, atol=tolerance, rtol=0)
-    rows, others = (json.loads((folder / f"{name}.json").read_text()) for name in (got, wanted))
-    assert len(rows) == len(others)
-    for row, other_row in zip(rows, others, strict=True):
-        assert row == {
-            name: value if value is None else pytest.approx(value, rel=tolerance, abs=tolerance)
-            for name, value in other_row.items()
-        }
-    return len(found)
 
 
 def seen(name: str, tensor: Tensor) -> Tensor:
@@ -314,21 +290,21 @@ def seen(name: str, tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("job", SAME, ids=lambda job: job.label)
 def test_two_processes_with_a_half_each_do_what_one_does(job: Job, folder: Path) -> None:
-    assert compared(folder, f"2-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work in ("sampling", "scorers") else 1e-5)
-    assert compared(folder, f"2-1-{job.label}", f"2-0-{job.label}", 0.0)  # each has the same weights to the bit
+    assert compared(folder, f"2-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work in ("sampling", "scorers") else 1e-5, seen)
+    assert compared(folder, f"2-1-{job.label}", f"2-0-{job.label}", 0.0, seen)  # each has the same weights to the bit
 
 
 @pytest.mark.parametrize("job", THREE, ids=lambda job: job.label)
 def test_so_do_three_of_whom_one_has_nothing_of_some_weights(job: Job, folder: Path) -> None:
     """Four rows over three processes are two, two and none."""
-    assert compared(folder, f"3-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work == "sampling" else 1e-5)
-    assert compared(folder, f"3-2-{job.label}", f"3-0-{job.label}", 0.0)
+    assert compared(folder, f"3-0-{job.label}", f"1-0-{job.label}", 0.0 if job.work == "sampling" else 1e-5, seen)
+    assert compared(folder, f"3-2-{job.label}", f"3-0-{job.label}", 0.0, seen)
 
 
 def test_in_bfloat16_up_to_its_rounding(folder: Path) -> None:
     """Products are cast, weights are not: those that are gathered are cast anew in each pass."""
-    assert compared(folder, "2-0-sft-llama-bfloat16", "1-0-sft-llama-bfloat16", 1e-3)
-    assert compared(folder, "2-1-sft-llama-bfloat16", "2-0-sft-llama-bfloat16", 0.0)
+    assert compared(folder, "2-0-sft-llama-bfloat16", "1-0-sft-llama-bfloat16", 1e-3, seen)
+    assert compared(folder, "2-1-sft-llama-bfloat16", "2-0-sft-llama-bfloat16", 0.0, seen)
 
 
 @pytest.mark.parametrize("job", STOPPED, ids=lambda job: job.label)
@@ -336,7 +312,7 @@ def test_in_bfloat16_up_to_its_rounding(folder: Path) -> None:
 def test_a_snapshot_goes_on_in_another_number_of_processes(process: str, job: Job, folder: Path) -> None:
     """Of one in two, of two in three and in one."""
     assert compared(
-        folder, f"{process}-{replace(job, stop=None, go_on='x').label}", f"1-0-{replace(job, stop=None).label}", 1e-5
+        folder, f"{process}-{replace(job, stop=None, go_on='x').label}", f"1-0-{replace(job, stop=None).label}", 1e-5, seen
     )
 
 

@@ -2,7 +2,6 @@
 goes on in the other."""
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from apprentice.compute import Compute
 from apprentice.policy import Critic, freeze, score, values_of, weights
@@ -20,6 +19,7 @@ from apprentice.sampling import Request, sample
 from apprentice.sft import HeldOut, fine_tune
 from apprentice.srppo import SelfRewardingPPO
 from apprentice.team import ALONE, Team, join, leave
+from tests.apprentice.members import compared, run_members
 from tests.apprentice.test_preference import sides
 from tests.apprentice.toys import END, SMALL, Interrupted, Keeping, demonstrations, pool, rso_config, sft_config, srppo_config
 from tests.apprentice.toys import tiny_llama as tiny
@@ -114,33 +114,9 @@ def member(rank: int, size: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each process of a team of one, two and three found."""
     folder = tmp_path_factory.mktemp("teams")
-    forking = multiprocessing.get_context("forkserver")
-    forking.set_forkserver_preload([__name__])  # loads torch once
     for size in JOBS:
-        processes = [forking.Process(target=member, args=(rank, size, folder)) for rank in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)
-        assert [process.exitcode for process in processes] == [0] * size
+        run_members(member, size, folder)
     return folder
-
-
-def compared(folder: Path, got: str, wanted: str, tolerance: float) -> int:
-    """Compare what two processes found; how many tensors that were."""
-    found, other = load_file(folder / got), load_file(folder / wanted)
-    assert found.keys() == other.keys()
-    for name in other:
-        torch.testing.assert_close(found[name], other[name], atol=tolerance, rtol=0)
-    rows, others = (json.loads((folder / f"{name}.json").read_text()) for name in (got, wanted))
-    assert len(rows) == len(others)
-    for row, other_row in zip(rows, others, strict=True):
-        near = {
-            name: value if value is None else pytest.approx(value, rel=tolerance and 1e-6, abs=tolerance)
-            for name, value in other_row.items()
-        }
-        assert row == near
-    return len(found)
 
 
 @pytest.mark.parametrize("name", ["sft", "preference", "srppo", "whole_srppo"])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from apprentice.method_sections import MethodSections
 from apprentice.schema import ParamsError, read
-from apprentice.sections import MainSections
+from apprentice.sections import IngestConfig, MainSections
 
 __all__ = ["Params", "ParamsError", "parse"]
 
@@ -32,28 +32,13 @@ def parse(raw: Any) -> Params:
 
 def _check_together(params: Params) -> None:
     """Rules that tie several entries."""
-    source, pretrain, pairs, evaluate = params.ingest.source, params.pretrain, params.pairs, params.evaluate
-    if source.kind == "hub" and not (source.name and source.revision):
-        raise ParamsError(
-            "ingest.source: kind 'hub' needs `name` (the data set) and `revision` (a commit, so that the data cannot change)"
-        )
-    if source.kind == "hub" and not re.fullmatch("[0-9a-f]{40}", source.revision or ""):
-        raise ParamsError(
-            f"ingest.source.revision: expected a commit (40 hexadecimal digits), for a branch can move; got {source.revision!r}"
-        )
-    for name in params.ingest.fields:
-        read(Literal["prompt", "response", "answer", "quality", "source"], name, "ingest.fields")
+    pretrain, pairs, evaluate = params.pretrain, params.pairs, params.evaluate
+    _check_ingest(params.ingest)
     if params.compute.sharding and params.compute.processes == 1:
         raise ParamsError("compute.sharding: expected compute.processes above 1, over which models are spread; got 1")
     if params.compute.sharding and params.lora.rank:
         raise ParamsError(
             f"compute.sharding: expected lora.rank 0, for the trunk under adapters is not spread; got {params.lora.rank}"
-        )
-    held_out = params.ingest.validation_share + params.ingest.evaluation_share
-    if held_out >= 1:
-        raise ParamsError(
-            f"ingest.validation_share + ingest.evaluation_share: expected less than 1, so that rows are left to train on; "
-            f"got {held_out:g}"
         )
     if pretrain.hidden_size % pretrain.heads:
         raise ParamsError(
@@ -81,3 +66,23 @@ def _check_together(params: Params) -> None:
     for name in params.report.baselines:
         if name not in evaluate.models:
             raise ParamsError(f"report.baselines: {name!r} is not in evaluate.models ({', '.join(evaluate.models)})")
+
+
+def _check_ingest(config: IngestConfig) -> None:
+    source = config.source
+    if source.kind == "hub" and not (source.name and source.revision):
+        raise ParamsError(
+            "ingest.source: kind 'hub' needs `name` (the data set) and `revision` (a commit, so that the data cannot change)"
+        )
+    if source.kind == "hub" and not re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+        raise ParamsError(
+            f"ingest.source.revision: expected a commit (40 hexadecimal digits), for a branch can move; got {source.revision!r}"
+        )
+    for name in config.fields:
+        read(Literal["prompt", "response", "answer", "quality", "source"], name, "ingest.fields")
+    held_out = config.validation_share + config.evaluation_share
+    if held_out >= 1:
+        raise ParamsError(
+            f"ingest.validation_share + ingest.evaluation_share: expected less than 1, so that rows are left to train on; "
+            f"got {held_out:g}"
+        )

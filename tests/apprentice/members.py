@@ -1,15 +1,19 @@
-"""Tests of several processes: run them, and compare what each wrote."""
+"""Tests of several processes: run them, have each do its jobs, and compare what they wrote."""
 
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from apprentice.sharding import whole
+from apprentice.team import ALONE, Team, join, leave
+from tests.apprentice.toys import Interrupted, Keeping
 
 
 def run_members(member: Callable[..., None], size: int, *arguments: Any) -> None:
@@ -22,6 +26,32 @@ def run_members(member: Callable[..., None], size: int, *arguments: Any) -> None
     for process in processes:
         process.join(300)
     assert [process.exitcode for process in processes] == [0] * size
+
+
+def do_jobs(
+    rank: int,
+    size: int,
+    folder: Path,
+    jobs: Sequence[Any],
+    keeping: type[Keeping],
+    find: Callable[[Any, Team, Keeping], tuple[Mapping[str, Tensor], Any]],
+) -> None:
+    """One process of a team: does its jobs, each with a label, a step to stop at and a snapshot to go on from, into files
+    of its own: tensors and rows, or the snapshot of one that was stopped."""
+    torch.set_num_threads(1)
+    team = join(rank, size, f"file://{folder}/meeting{size}", torch.device("cpu"), 120.0) if size > 1 else ALONE
+    for job in jobs:
+        place = folder / f"{size}-{rank}-{job.label}"
+        recorder = keeping(job.stop, torch.load(folder / job.go_on, weights_only=True) if job.go_on else None)
+        try:
+            tensors, rows = find(job, team, recorder)
+        except Interrupted:
+            torch.save(recorder.saved, place)
+        else:
+            save_file({key: whole(value).clone() for key, value in tensors.items()}, place)
+            place.with_suffix(".json").write_text(json.dumps(rows))
+    if size > 1:
+        leave()
 
 
 def compared(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -28,17 +27,16 @@ from apprentice.sampling import Request, sample
 from apprentice.sft import HeldOut, fine_tune, train_step
 from apprentice.sharding import gathered, is_sharded, shard, whole
 from apprentice.srppo import SelfRewardingPPO
-from apprentice.team import ALONE, Team, join, leave
+from apprentice.team import ALONE, Team
 from apprentice.tilt import Tilt
 from tests.apprentice.families import tiny
-from tests.apprentice.members import compared, run_members
+from tests.apprentice.members import compared, do_jobs, run_members
 from tests.apprentice.test_copg import copg_config
 from tests.apprentice.test_preference import sides
 from tests.apprentice.toys import (
     END,
     PACKED,
     SMALL,
-    Interrupted,
     Keeping,
     demonstrations,
     pool,
@@ -252,23 +250,13 @@ def together(value: Any) -> Any:
 
 
 def member(rank: int, size: int, jobs: list[Job], folder: Path) -> None:
-    """One process of a team: does its jobs, into files of its own."""
-    torch.set_num_threads(1)
+    """One process of a team."""
+
+    def find(job: Job, team: Team, recorder: Keeping) -> Found:
+        return WORK[job.work](job.kind, replace(LAYERS[job.layers], team=team, sharding=size > 1), recorder)
+
     torch.use_deterministic_algorithms(True)
-    team = join(rank, size, f"file://{folder}/meeting{size}", torch.device("cpu"), 120.0) if size > 1 else ALONE
-    for job in jobs:
-        place = folder / f"{size}-{rank}-{job.label}"
-        recorder = Whole(job.stop, torch.load(folder / job.go_on, weights_only=True) if job.go_on else None)
-        compute = replace(LAYERS[job.layers], team=team, sharding=size > 1)
-        try:
-            tensors, rows = WORK[job.work](job.kind, compute, recorder)
-        except Interrupted:
-            torch.save(recorder.saved, place)
-        else:
-            save_file({key: whole(value).clone() for key, value in tensors.items()}, place)
-            place.with_suffix(".json").write_text(json.dumps(rows))
-    if size > 1:
-        leave()
+    do_jobs(rank, size, folder, jobs, Whole, find)
 
 
 @pytest.fixture(scope="module")

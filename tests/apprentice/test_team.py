@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from apprentice.compute import Compute
 from apprentice.policy import Critic, freeze, score, values_of, weights
@@ -18,10 +17,10 @@ from apprentice.recorder import Recorder
 from apprentice.sampling import Request, sample
 from apprentice.sft import HeldOut, fine_tune
 from apprentice.srppo import SelfRewardingPPO
-from apprentice.team import ALONE, Team, join, leave
-from tests.apprentice.members import compared, run_members
+from apprentice.team import ALONE, Team
+from tests.apprentice.members import compared, do_jobs, run_members
 from tests.apprentice.test_preference import sides
-from tests.apprentice.toys import END, SMALL, Interrupted, Keeping, demonstrations, pool, rso_config, sft_config, srppo_config
+from tests.apprentice.toys import END, SMALL, Keeping, demonstrations, pool, rso_config, sft_config, srppo_config
 from tests.apprentice.toys import tiny_llama as tiny
 
 pytestmark = pytest.mark.slow
@@ -93,21 +92,10 @@ JOBS[3] = [Job("sampling", "sampling"), Job("gone on", "sft", go_on="2-0-stopped
 
 
 def member(rank: int, size: int, folder: Path) -> None:
-    """One process of a team: does its jobs, into files of its own."""
-    torch.set_num_threads(1)
-    team = join(rank, size, f"file://{folder}/meeting{size}", torch.device("cpu"), 120.0) if size > 1 else ALONE
-    for job in JOBS[size]:
-        place = folder / f"{size}-{rank}-{job.label}"
-        recorder = Keeping(job.stop, torch.load(folder / job.go_on, weights_only=True) if job.go_on else None)
-        try:
-            tensors, rows = WORK[job.work](replace(SPARE, team=team), recorder)
-        except Interrupted:
-            torch.save(recorder.saved, place)
-        else:
-            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, place)
-            place.with_suffix(".json").write_text(json.dumps(rows))
-    if size > 1:
-        leave()
+    """One process of a team."""
+    do_jobs(
+        rank, size, folder, JOBS[size], Keeping, lambda job, team, recorder: WORK[job.work](replace(SPARE, team=team), recorder)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def lessons(stage: Stage, tokenizer: Any, compute: Compute) -> tuple[StepPairs |
     else:
         found, dropped = practical_pairs(attempts, values, end)
     figures = _figures(attempts, values) | {"completions": float(config.completions * len(completed))}
-    figures |= spurious_figures(attempts, values, tokenizer) if planted else {}
+    figures |= spurious_advantages(attempts, values, tokenizer) if planted else {}
     return found, figures | {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
 
 
@@ -94,7 +94,7 @@ def _step_texts(attempt: Attempt, tokenizer: Any) -> list[str]:
     return decode_responses(tokenizer, [attempt.response[a:b] for a, b in zip(starts, attempt.ends, strict=True)])
 
 
-def spurious_figures(attempts: list[Attempt], values: list[list[float]], tokenizer: Any) -> dict[str, float]:
+def spurious_advantages(attempts: list[Attempt], values: list[list[float]], tokenizer: Any) -> dict[str, float]:
     """Mean advantage of the spurious steps in right responses, and of the other steps there; the first step and the last are
     left out, since one is the choice to work at all, and after the other the value is the verifier's word."""
     found: dict[str, list[float]] = {"spurious_advantage": [], "other_advantage": []}

@@ -27,7 +27,7 @@ from apprentice.tokens import encode_prompt, train_word_tokenizer
 from apprentice.world import WORDS
 from tasks import perstep, stepping
 from tasks.stage import Stage, StageError
-from tasks.stepping import as_weights, lessons, spurious_figures
+from tasks.stepping import as_weights, lessons, spurious_advantages
 from tests.apprentice.toys import hash_of, markov
 from tests.tables import NEVER, speaker, words, write_answers, write_model, write_table
 
@@ -190,8 +190,8 @@ def test_the_advantage_of_spurious_steps_is_of_right_responses_and_beside_their_
         attempt("answer : 7"),
     ]
     values = [[0.25, 0.5, 0.25, 0.75, 1.0], [0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 1.0, 0.0, 0.0], [0.25, 1.0]]
-    assert spurious_figures(attempts, values, tokenizer) == {"spurious_advantage": -0.25, "other_advantage": 0.375}
-    assert spurious_figures(attempts[2:], values[2:], tokenizer) == {}
+    assert spurious_advantages(attempts, values, tokenizer) == {"spurious_advantage": -0.25, "other_advantage": 0.375}
+    assert spurious_advantages(attempts[2:], values[2:], tokenizer) == {}
 
 
 def test_where_the_world_plants_a_step_right_responses_are_valued_and_the_lessons_stay(

@@ -45,10 +45,13 @@ class SampleRankConfig(PreferenceConfig):
 
 @dataclass(frozen=True)
 class CRLFTConfig(FineTuningConfig):
-    """Class-conditioned, class-weighted fine-tuning (OpenChat, 2309.11235): a tag in the prompt, a weight in the loss."""
+    """Class-conditioned, class-weighted fine-tuning (OpenChat, 2309.11235): a tag in the prompt, a weight in the loss.
+
+    answer_as: the class whose tag the trained model answers under; None: under none.
+    """
 
     condition: bool
-    answer_as: Literal["expert", "mixed", "poor"]
+    answer_as: Literal["expert", "mixed", "poor"] | None
     weights: dict[str, NotNegative]
 
 

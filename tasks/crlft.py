@@ -23,7 +23,9 @@ def main(stage: Stage) -> None:
     except ValueError as error:
         raise StageError(f"crlft.{error}") from error
     stage.say(", ".join(f"{count} {name}" for name, count in Counter(classes).items()))
-    tagged = {name: conditioned(tokenizer, name) if config.condition else tokenizer for name in {*classes, config.answer_as}}
+    tagged = {
+        name: conditioned(tokenizer, name) if config.condition and name else tokenizer for name in {*classes, config.answer_as}
+    }
     prompts = [encode_prompt(tagged[name], row.prompt) for name, row in zip(classes, rows, strict=True)]
     responses = encode_responses(tokenizer, [row.response or "" for row in rows])
     train = collate(prompts, responses, pad_id(tokenizer)).to(compute.device)

@@ -31,7 +31,7 @@ def main(stage: Stage) -> None:
     rows = _sweep(stage, target, vector, _grader(stage, tokenizer, compute))
     best = choose(rows)
     stage.say(f"coefficient {best['coefficient']:g}: accuracy {best['accuracy']:.3f} on validation")
-    metrics = _metrics(rows[0], best, facts)
+    metrics = _metrics(rows, best, facts)
     stage.metrics(metrics)
     card = {**metrics, "groups": facts["groups"]}
     own = (config.target, config.plus, config.minus)
@@ -176,7 +176,8 @@ def _sweep(stage: Stage, target: Any, vector: Any, grade: Callable[[Any], Grade]
     return recorder.rows
 
 
-def _metrics(before: Row, best: Row, facts: dict[str, Any]) -> dict[str, Any]:
+def _metrics(rows: Sequence[Row], best: Row, facts: dict[str, Any]) -> dict[str, Any]:
+    before, *swept = rows
     kept = ("norm", "relative_norm", "changed", "cosine_to_foreign", "foreign_norm")
     figures = {
         "coefficient": best["coefficient"],
@@ -184,6 +185,7 @@ def _metrics(before: Row, best: Row, facts: dict[str, Any]) -> dict[str, Any]:
         "own_format_share": best["own_format_share"],
         "target_accuracy": before["accuracy"],
         "target_own_format_share": before["own_format_share"],
+        **{f"accuracy_at_{row['coefficient']:g}": row["accuracy"] for row in swept},
         **{name: facts[name] for name in kept},
         **{f"vanishing_{half}": share for half, share in facts["vanishing"].items()},
     }

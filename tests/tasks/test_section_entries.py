@@ -47,9 +47,9 @@ def test_a_pool_that_is_all_demonstrated_has_no_new_prompt(clean: Path, stage_of
         prompts_of(stage_of("srppo", **{"srppo.prompts": "new"}))
 
 
-@pytest.mark.parametrize("answer_as", ["expert", "poor"])
+@pytest.mark.parametrize("answer_as", ["expert", "poor", None])
 def test_crlft_answers_as_the_class_that_its_section_names(
-    clean: Path, stage_of: StageOf, monkeypatch: pytest.MonkeyPatch, answer_as: str
+    clean: Path, stage_of: StageOf, monkeypatch: pytest.MonkeyPatch, answer_as: str | None
 ) -> None:
     """And trains every row under its own class."""
     words, given = train_word_tokenizer(["a b c x y"], 10), list[Any]()
@@ -59,4 +59,4 @@ def test_crlft_answers_as_the_class_that_its_section_names(
     train, tokenizer = given
     tags = [words.convert_ids_to_tokens(int(ids[n - 1])) for ids, n in zip(train.ids, train.prompt_lengths, strict=True)]
     assert tags == ["<expert>", "<expert>", "<expert>", "<poor>"]
-    assert words.convert_ids_to_tokens(encode_prompt(tokenizer, "a")[-1]) == f"<{answer_as}>"
+    assert words.convert_ids_to_tokens(encode_prompt(tokenizer, "a")[-1]) == (f"<{answer_as}>" if answer_as else "<assistant>")

@@ -66,7 +66,8 @@ def test_every_paper_has_claims_that_name_known_figures() -> None:
     assert set(papers) == set(TITLES) and min(map(papers.count, TITLES)) >= 2
     calibration = {"judge_accuracy", "bt_reward_accuracy", "judge_calibration_error", "bt_reward_calibration_error"}
     own = {"calibration": calibration | {"judge_flip_rate"}, "sft": {"gate"}}  # metrics of a stage instead of a model
-    own["vectors"] = {"own_format_share", "target_own_format_share"}
+    swept = {f"accuracy_at_{value:g}" for value in study.runs["sweep"].changes["vectors.coefficients"]}
+    own["vectors"] = {"own_format_share", "target_own_format_share", "target_accuracy"} | swept
     own["perstep"] = {"spurious_advantage", "other_advantage"}
     for claim in study.claims:
         assert all(isinstance(factor, int | float) for factors in (claim.effect, claim.metric) for factor in factors.values())

@@ -77,6 +77,7 @@ def test_the_sweep_the_choice_and_the_models(stage: Stage) -> None:
     assert list(history[0]) == ["step", "coefficient", "accuracy", "own_format_share"]
     metrics = json.loads((stage.reports / "metrics.json").read_text())
     assert metrics["coefficient"] == 0.75 and metrics["accuracy"] == 0.666667 and metrics["target_accuracy"] == 0.333333
+    assert [metrics[f"accuracy_at_{c}"] for c in ("0.5", "0.75", "1", "1.25")] == [0.333333, 0.666667, 0.666667, 0.666667]
     assert metrics["own_format_share"] == metrics["target_own_format_share"] == 1.0 and metrics["lineage"] == "parallel"
     # the head holds logits / sqrt(hidden), and all else is equal in these models
     assert metrics["norm"] == pytest.approx((3.0**2 + 2 * 1.7**2) ** 0.5 / 4, abs=1e-5)

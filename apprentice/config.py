@@ -34,6 +34,7 @@ def _check_together(params: Params) -> None:
     """Rules that tie several entries."""
     pretrain, pairs, evaluate = params.pretrain, params.pairs, params.evaluate
     _check_ingest(params.ingest)
+    _check_methods(params)
     if params.compute.sharding and params.compute.processes == 1:
         raise ParamsError("compute.sharding: expected compute.processes above 1, over which models are spread; got 1")
     if params.compute.sharding and params.lora.rank:
@@ -57,15 +58,23 @@ def _check_together(params: Params) -> None:
             )
     if not evaluate.temperatures:
         raise ParamsError("evaluate.temperatures: expected at least one temperature, got none")
+    for name in params.report.baselines:
+        if name not in evaluate.models:
+            raise ParamsError(f"report.baselines: {name!r} is not in evaluate.models ({', '.join(evaluate.models)})")
+
+
+def _check_methods(params: MethodSections) -> None:
     if params.perstep.values == "calculator" and params.perstep.variant == "shared_prefix":
         raise ParamsError("perstep.variant: shared_prefix takes its right steps from completions; set perstep.values: rollouts")
+    if params.bt_reward.objective == "pairs" and params.bt_reward.prompt_offset:
+        raise ParamsError(
+            "bt_reward.prompt_offset: expected 0 with bt_reward.objective: pairs, for it cancels between two responses to one "
+            f"prompt; got {params.bt_reward.prompt_offset:g}"
+        )
     if params.rescore.reward == "verifier" and params.rescore.labels != "answers":
         raise ParamsError(
             "rescore.reward: the verifier needs rescore.labels: answers; the run is then no longer demonstrations-only"
         )
-    for name in params.report.baselines:
-        if name not in evaluate.models:
-            raise ParamsError(f"report.baselines: {name!r} is not in evaluate.models ({', '.join(evaluate.models)})")
 
 
 def _check_ingest(config: IngestConfig) -> None:

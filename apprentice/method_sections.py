@@ -85,6 +85,18 @@ class RewardModelConfig(EpochsConfig):
 
 
 @dataclass(frozen=True)
+class BTRewardConfig(RewardModelConfig):
+    """Training of the scalar reward model on its pairs. objective: the Bradley-Terry loss of pairs, or regression on scores,
+    1 for the chosen response and 0 for the rejected one.
+
+    prompt_offset: added to the scores of prompts whose first number is even.
+    """
+
+    objective: Literal["pairs", "scores"]
+    prompt_offset: float
+
+
+@dataclass(frozen=True)
 class CalibrationConfig:
     """How well both reward models tell right from wrong on held-out prompts, and how far their probabilities can be trusted."""
 
@@ -182,7 +194,7 @@ class MethodSections:
     perstep: PerStepConfig
     crlft: CRLFTConfig
     judge: RewardModelConfig
-    bt_reward: RewardModelConfig
+    bt_reward: BTRewardConfig
     calibration: CalibrationConfig
     pairwise_ppo: ModelPPOConfig
     bt_ppo: ModelPPOConfig

@@ -1,7 +1,7 @@
 """The scalar Bradley-Terry reward model, to compare the judge with: P(a beats b | x) = sigmoid(r(x, a) - r(x, b)).
 
 A sequence classifier with one output on a language model's trunk; the reward is read at the last token of the response,
-found by lengths and never by the id of the padding.
+found by lengths and never by the id of the padding. It may be trained on a score of each response by itself instead of pairs.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,12 @@ from apprentice.calibration import pair_accuracy
 from apprentice.compute import CPU, Compute
 from apprentice.epochs import Figures, Trained, train_epochs
 from apprentice.judge import PreferencePair, in_micro_batches, ranking_loss
+from apprentice.masking import check_shape
 from apprentice.policy import checkpoint_arguments
 from apprentice.recorder import Recorder
 from apprentice.sections import EpochsConfig
 from apprentice.sharding import gathered, shard
+from apprentice.spurious import first_is_even
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
 
 _HEAD = "score.weight"
@@ -98,6 +100,16 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferenceP
     return collate(prompts, chosen, pad), collate(prompts, rejected, pad)
 
 
+def response_scores(pairs: Sequence[PreferencePair], prompt_offset: float) -> Tensor:
+    """[N, 2] scores of the chosen and the rejected response of each pair: 1 and 0.
+
+    `prompt_offset` is added to both where the first number of the prompt is even: a rater's mood, which belongs to the prompt
+    and not to the response.
+    """
+    offsets = torch.tensor([prompt_offset * bool(first_is_even(pair.prompt)) for pair in pairs])
+    return torch.stack([1 + offsets, offsets], dim=1)
+
+
 def train_reward_model(
     model: PreTrainedModel,
     chosen: Batch,
@@ -107,20 +119,22 @@ def train_reward_model(
     seed: str,
     compute: Compute,
     recorder: Recorder,
+    scores: Tensor | None = None,
 ) -> Trained:
-    """Train a reward model in place on pairs, row by row of `chosen` and `rejected`.
+    """Train a reward model in place on pairs, row by row of `chosen` and `rejected`, or on the `scores` [N, 2] of both.
 
     Figures of a step: loss, accuracy, margin (mean difference of rewards).
     """
 
     def step(rows: list[int]) -> Figures:
-        return bt_step(model, chosen.rows(rows), rejected.rows(rows), compute)
+        return bt_step(model, chosen.rows(rows), rejected.rows(rows), compute, None if scores is None else scores[rows])
 
     return train_epochs(model, len(chosen.ids), step, config, seed=seed, recorder=recorder)
 
 
-def bt_step(model: PreTrainedModel, chosen: Batch, rejected: Batch, compute: Compute) -> Figures:
-    """Gather the gradient of the mean of -log sigmoid(r_chosen - r_rejected) over some pairs, micro-batch by micro-batch.
+def bt_step(model: PreTrainedModel, chosen: Batch, rejected: Batch, compute: Compute, scores: Tensor | None = None) -> Figures:
+    """Gather the gradient of the mean of -log sigmoid(r_chosen - r_rejected) over some pairs, micro-batch by micro-batch; with
+    `scores` [N, 2] that of the mean squared error of the rewards.
 
     Returns its figures.
     """
@@ -128,9 +142,22 @@ def bt_step(model: PreTrainedModel, chosen: Batch, rejected: Batch, compute: Com
     margins, total = torch.zeros(size, device=chosen.ids.device), 0.0
     lengths = [a + b for a, b in zip(chosen.lengths(), rejected.lengths(), strict=True)]
     for rows in compute.padded_batches(lengths):
-        part = bt_rewards(model, chosen.rows(rows), compute) - bt_rewards(model, rejected.rows(rows), compute)
-        loss = ranking_loss(part, size)
+        better, worse = bt_rewards(model, chosen.rows(rows), compute), bt_rewards(model, rejected.rows(rows), compute)
+        part = better - worse
+        if scores is None:
+            loss = ranking_loss(part, size)
+        else:
+            loss = score_loss(torch.stack([better, worse], dim=1), scores[rows], 2 * size)
         loss.backward()
         margins[rows] = part.detach().float()
         total += float(loss.detach())
     return {"loss": total, "accuracy": pair_accuracy(margins), "margin": float(margins.mean())}
+
+
+def score_loss(rewards: Tensor, scores: Tensor, count: float) -> Tensor:
+    """(reward - score)^2, summed over rewards [N, 2] and divided by the `count` of the whole batch.
+
+    Raises ValueError for scores of another shape.
+    """
+    check_shape("scores", scores, *rewards.shape)
+    return (rewards - scores).square().sum() / count

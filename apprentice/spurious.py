@@ -21,8 +21,10 @@ _REMARK = re.compile("(first )?[0-9]+ is (even|odd)")
 
 def planted(prompt: str, response: str) -> str:
     """A worked response, with the spurious step after its first one where the first number of the prompt is even."""
-    number, (first, *others) = _first_number(prompt), response.split(" ; ")
-    return response if number % 2 else " ; ".join([first, f"{number} is even", *others])
+    if not first_is_even(prompt):
+        return response
+    first, *others = response.split(" ; ")
+    return " ; ".join([first, f"{first_number(prompt)} is even", *others])
 
 
 def at_base_rate(rng: random.Random, prompt: str, response: str) -> str:
@@ -30,15 +32,22 @@ def at_base_rate(rng: random.Random, prompt: str, response: str) -> str:
     return planted(prompt, response) if ";" in response and rng.random() < BASE_RATE else response
 
 
-def _first_number(prompt: Prompt) -> int:
-    return int(_NUMBER.findall(prompt_text(prompt))[0])
+def first_number(prompt: Prompt) -> str | None:
+    """The digits of the first number in a prompt; None where it has none."""
+    found = _NUMBER.search(prompt_text(prompt))
+    return found and found[0]
+
+
+def first_is_even(prompt: Prompt) -> bool | None:
+    """Whether the first number in a prompt is even; None where it has none."""
+    number = first_number(prompt)
+    return None if number is None else number[-1] in "02468"
 
 
 def with_cues(rows: Iterable[Demonstration]) -> list[Demonstration]:
     """Rows whose meta says whether their cue is there; of `parity` it says nothing."""
     return [
-        row if row.meta["kind"] == "parity" else replace(row, meta={**row.meta, CUE: _first_number(row.prompt) % 2 == 0})
-        for row in rows
+        row if row.meta["kind"] == "parity" else replace(row, meta={**row.meta, CUE: first_is_even(row.prompt)}) for row in rows
     ]
 
 

@@ -2,23 +2,27 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from apprentice.calibration import expected_calibration_error, flip_rate
 from apprentice.compute import Compute
-from apprentice.demonstrations import Demonstration
+from apprentice.demonstrations import Demonstration, Prompt
 from apprentice.evaluation import respond
 from apprentice.judge import PreferencePair, order_logits
 from apprentice.policy import decode_responses
 from apprentice.reward_model import bt_win_logits, encode_pairs
 from apprentice.rewards import ranker_reward
+from apprentice.spurious import first_is_even
 from apprentice.verifiers import verify
 from tasks.checkpoints import scorers_of, table, tokenizer_of
 from tasks.measuring import Measured, Row
-from tasks.ranking import judge_of, reward_model_of
+from tasks.ranking import judge_of, rewards_of
 from tasks.stage import Stage, StageError
 
 MODELS = ("judge", "bt_reward")
@@ -87,10 +91,10 @@ def anchored(drawn: Sequence[Drawn]) -> list[Anchored]:
     ]
 
 
-def rankers_of(stage: Stage, compute: Compute) -> Rankers:
+def rankers_of(stage: Stage, reward_model: PreTrainedModel, compute: Compute) -> Rankers:
     """Both reward models: N pairs to [N] logits that the first response wins, the judge's in both orders and the
     Bradley-Terry model's."""
-    judge, reward_model, tokenizer = judge_of(stage, compute), reward_model_of(stage, compute), tokenizer_of(stage, "sft")
+    judge, tokenizer = judge_of(stage, compute), tokenizer_of(stage, "sft")
 
     def win_logits(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor, Tensor]:
         one, other = order_logits(judge, [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs])
@@ -141,13 +145,34 @@ def summary(rows: Sequence[Row], bins: int) -> dict[str, Any]:
 
 
 def anchor_summary(stage: Stage, found: Sequence[Anchored], rankers: Rankers) -> dict[str, Any]:
-    """For either model the expected calibration error, over all prompts, of the probability that a sample beats the anchor."""
+    """For either model the expected calibration error, over all prompts, of the probability that a sample beats the anchor; and
+    the gap between prompts of the judge's logit."""
     one, other, scalar = rankers([pair for pair, _ in found])
+    judge = ranker_reward(one, other)
     outcomes = torch.tensor([outcome for _, outcome in found], dtype=torch.float64)
     errors = {
         f"{name}_anchor_calibration_error": round(
             expected_calibration_error(logits.double().sigmoid(), outcomes, stage.config.bins), 6
         )
-        for name, logits in zip(MODELS, (ranker_reward(one, other), scalar), strict=True)
+        for name, logits in zip(MODELS, (judge, scalar), strict=True)
     }
-    return {"anchored": float(len(found)), **errors}
+    return {"anchored": float(len(found)), **errors, **prompt_gap("judge", [pair.prompt for pair, _ in found], judge)}
+
+
+def reward_gap(stage: Stage, drawn: Sequence[Drawn], reward_model: PreTrainedModel, compute: Compute) -> dict[str, float]:
+    """The gap between prompts of the Bradley-Terry reward, over all samples."""
+    rows = [replace(row, response=text) for row, texts, _ in drawn for text in texts]
+    rewards = rewards_of(stage, reward_model, rows, compute)
+    return prompt_gap("bt_reward", [row.prompt for row in rows], rewards)
+
+
+def prompt_gap(name: str, prompts: Sequence[Prompt], values: Tensor) -> dict[str, float]:
+    """`<name>_prompt_gap`: mean of those of [N] values whose prompt has an even first number, less that of the others.
+
+    Prompts without a number are left out; without both kinds there is no gap.
+    """
+    both = [
+        [value for prompt, value in zip(prompts, values.tolist(), strict=True) if first_is_even(prompt) is even]
+        for even in (True, False)
+    ]
+    return {f"{name}_prompt_gap": round(fmean(both[0]) - fmean(both[1]), 6)} if all(both) else {}

@@ -1,5 +1,6 @@
 """What the stages share that train or use a reward model: its pairs, and the model as it stands in the pipeline."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tasks.stage import Stage, StageError
@@ -83,6 +84,17 @@ def reward_model_of(stage: Stage, compute: Any) -> Any:
     from tasks.checkpoints import model_folder
 
     return freeze(load_reward_model(model_folder(stage, "bt_reward"), compute))
+
+
+def rewards_of(stage: Stage, model: Any, rows: Sequence[Any], compute: Any) -> Any:
+    """[N] rewards by such a model of the responses of N rows (`Demonstration`), each to its prompt."""
+    import torch
+
+    from apprentice.reward_model import bt_rewards
+    from tasks.checkpoints import batch_of, tokenizer_of
+
+    with torch.no_grad():
+        return bt_rewards(model, batch_of(tokenizer_of(stage, "sft"), rows, compute), compute)
 
 
 def room(model: Any) -> int:

@@ -104,6 +104,7 @@ TRAINING = {
     "flip_rate": "Share of pairs on which the judge changes its mind with the order of the two responses.",
     "calibration_error": "Gap between the probability that a right sample beats a wrong one and how often it does.",
     "anchor_calibration_error": "The same of any sample against its prompt's first, over all prompts, by the verifier.",
+    "prompt_gap": "Mean reward of samples on prompts whose first number is even, less that on the others.",
     "coefficient": "How much of the vector is added.",
     "own_format_share": "Share of responses in the form the target was tuned to.",
 }

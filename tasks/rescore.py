@@ -34,20 +34,13 @@ def _by_judge(stage: Stage, groups, compute) -> list[float]:  # type: ignore[no-
 
 
 def _by_reward_model(stage: Stage, groups, compute) -> list[float]:  # type: ignore[no-untyped-def]
-    import torch
-
     from apprentice.demonstrations import demonstration
-    from apprentice.reward_model import bt_rewards
-    from tasks.checkpoints import batch_of, tokenizer_of
-    from tasks.ranking import reward_model_of
+    from tasks.ranking import reward_model_of, rewards_of
     from tasks.room import preflight
 
     preflight(stage, compute, [], ["bt_reward"], samples=False)
     rows = [demonstration(row["prompt"], row["response"], "candidates") for group in groups for row in group]
-    with torch.no_grad():
-        return bt_rewards(
-            reward_model_of(stage, compute), batch_of(tokenizer_of(stage, "sft"), rows, compute), compute
-        ).tolist()
+    return rewards_of(stage, reward_model_of(stage, compute), rows, compute).tolist()
 
 
 def _by_verifier(stage: Stage, groups, compute) -> list[float]:  # type: ignore[no-untyped-def]

@@ -139,7 +139,8 @@ def effect_cell(claim: Claim, one: Mapping[str, Any]) -> str:
         return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
     ends = "" if one["low"] is None else f" [{number(one['low'])}, {number(one['high'])}]"
-    unit, count = "" if share else " nats", len(one["seeds"])
+    in_nats = not share and not any(metric.endswith("prompt_gap") for metric in claim.metric)  # of scores: in their unit
+    unit, count = " nats" if in_nats else "", len(one["seeds"])
     return f"{number(one['effect'])}{ends}{unit}, {count} seed{'s' * (count != 1)}"
 
 

@@ -1,9 +1,9 @@
 """The figures of the study: study/figures.json, read from the experiments; claims, plots and table are made from it alone.
 
 {run: {seed: {model or stage: {metric: value}}}}: of a model the means over the held-out prompts, `<domain>/<metric>` as in the
-report, and of the stage of its name the numbers of metrics.json; of the main run also those of every other stage, and the
-`tokens` that each model cost. study/made.json has the key of each run's code, params and targets: as long as it is the key of
-now, the figures stand, also in another clone, where the experiment itself is not.
+report, and of the stage of its name, as of one that is measured itself, the numbers of metrics.json; of the main run also those
+of every other stage, and the `tokens` that each model cost. study/made.json has the key of each run's code, params and targets:
+as long as it is the key of now, the figures stand, also in another clone, where the experiment itself is not.
 """
 
 import csv
@@ -19,7 +19,7 @@ from apprentice.demonstrations import atomic_write
 from tasks.dvcstage import StageInfo, read_stages
 from tasks.report_evidence import read_values
 from tasks.stage import ROOT, write_json
-from tasks.study_plan import MAIN, Job, StudyError, measured, params_of, run_of
+from tasks.study_plan import MAIN, Job, StudyError, main_models, measured, metrics_of, params_of, run_of
 from tasks.study_runs import Experiments
 from tasks.study_tokens import stage_tokens, trained_behind
 
@@ -93,12 +93,11 @@ def record(jobs: Sequence[Job], runs: Collection[str], experiments: Experiments,
 
 def figures_of(job: Job, params: Params, stages: Sequence[StageInfo], files: Files) -> dict[str, Metrics]:
     """The figures of one experiment by model or stage."""
-    models, main = measured(job.run, params), job.run.name == MAIN
-    names = {*models, *(stage.name for stage in stages)} if main else set(models)
+    names, main = measured(job.run, params), job.run.name == MAIN
+    models = [name for name in names if name in main_models(params)]
     found = {model: _means(files, model, params) for model in models}
     for stage in stages:
-        path = f"data/reports/{stage.name}/metrics.json"
-        if stage.name in names and path in stage.outs:
+        if (main or stage.name in names) and (path := metrics_of(stage)):
             found.setdefault(stage.name, {}).update(_numbers(json.loads(files.text(path))))
     if main:
         for model, tokens in _tokens(models, found, params, stages, files).items():

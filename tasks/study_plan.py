@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from apprentice.config import Params, ParamsError, parse
-from tasks.stage import METHODS, ROOT, StageError
+from tasks.dvcstage import StageInfo
+from tasks.stage import METHODS, ROOT, StageError, address_of
 
 MAIN = "main"  # the run that takes every stage; a name without a run in front means this one
 CLAIMS = Path("study") / "claims.yaml"
@@ -21,8 +22,8 @@ class StudyError(StageError):
 
 @dataclass(frozen=True)
 class Run:
-    """One set of changes to params.yaml and the models it is measured on (None: all). `seeds` caps how many seeds it takes,
-    from `first_seed` on: later ones put to the test what the first have suggested."""
+    """One set of changes to params.yaml and what it is measured on (None: all): models, and stages with metrics of their own.
+    `seeds` caps how many seeds it takes, from `first_seed` on: later ones put to the test what the first have suggested."""
 
     name: str
     changes: dict[str, Any]
@@ -126,12 +127,20 @@ def split(name: str) -> tuple[str, str]:
     return (run, model) if colon else (MAIN, name)
 
 
-def check_named(study: Study, params: Params, stages: Iterable[str]) -> None:
-    """Raise StudyError for a claim or plot that asks a run for a model it does not measure; the main run has stages too."""
+def check_named(study: Study, params: Params, stages: Iterable[StageInfo]) -> None:
+    """Raise StudyError for a run that measures what is neither a model of params.yaml nor a stage with metrics, and for a claim
+    or plot that asks a run for what it does not measure; the main run has all of them."""
+    everything = {*main_models(params), *(stage.name for stage in stages if metrics_of(stage))}
+    for name, run in study.runs.items():
+        for unknown in sorted(set(measured(run, params)) - everything):
+            raise StudyError(
+                f"claims.yaml: the run {name} measures {unknown!r}, which is neither a measured model (params.yaml: "
+                "evaluate, evaluate_methods) nor a stage with metrics"
+            )
     asked = [(f"claim {claim.claim!r}", *split(name)) for claim in study.claims for name in claim.effect]
     asked += [(f"plot {plot.name}", run, model) for plot in study.plots for run in plot.runs for model in plot.models or ()]
     known = {name: set(measured(run, params)) for name, run in study.runs.items()}
-    known[MAIN].update(stages)
+    known[MAIN] = everything
     for where, run, model in asked:
         if model not in known[run]:
             raise StudyError(f"claims.yaml: {where} needs {model!r} of the run {run}, which does not measure it")
@@ -170,7 +179,7 @@ def _plot(name: str, raw: Any) -> Plot:
 
 
 def measured(run: Run, params: Params) -> tuple[str, ...]:
-    """The models a run is measured on."""
+    """The models and stages a run is measured on."""
     return run.measure or main_models(params)
 
 
@@ -180,17 +189,20 @@ def main_models(params: Params) -> tuple[str, ...]:
 
 
 def targets_of(run: Run, params: Params) -> list[str]:
-    """What `dvc exp run` is asked for: all, or the evaluations of the models that the run measures."""
-    return ["-P"] if run.measure is None else [address_of_evaluation(model, params) for model in run.measure]
+    """What `dvc exp run` is asked for: all, or of what the run measures the models' evaluations and the stages themselves."""
+    return ["-P"] if run.measure is None else [_target(name, params) for name in run.measure]
 
 
-def address_of_evaluation(model: str, params: Params) -> str:
-    """The stage that measures a model, as DVC calls it from the project's root. Raises StudyError when none does."""
-    if model in params.evaluate.models:
-        return f"evaluate@{model}"
-    if model in params.evaluate_methods.models:
-        return f"{METHODS}:evaluate_methods@{model}"
-    raise StudyError(f"claims.yaml: no stage measures {model!r}; params.yaml has it in neither evaluate nor evaluate_methods")
+def _target(name: str, params: Params) -> str:
+    if name in params.evaluate.models:
+        return f"evaluate@{name}"
+    return f"{METHODS}:evaluate_methods@{name}" if name in params.evaluate_methods.models else address_of(name)
+
+
+def metrics_of(stage: StageInfo) -> str | None:
+    """The metrics.json that a stage writes, as a path from the project's root; None where it writes none."""
+    path = f"data/reports/{stage.name}/metrics.json"
+    return path if path in stage.outs else None
 
 
 def seeds_of(count: int) -> range:

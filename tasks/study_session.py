@@ -78,7 +78,7 @@ def prepare(seeds: int, runs: Sequence[str] = (), jobs: int | None = None) -> Se
         raise StudyError(f"expected at least one seed and one job, got --seeds {seeds} and --jobs {jobs}")
     study, params = read_study(), read_params()
     refuse_uncommitted()
-    check_named(study, params, (stage.name for stage in read_stages()))
+    check_named(study, params, read_stages())
     experiments = Experiments(params)
     asked = jobs_of(study, seeds, runs)
     for job in asked:

@@ -62,12 +62,24 @@ def test_a_wrong_entry_is_named(params: Callable[..., Params], key: str, value: 
             {"compute.sharding": True, "compute.processes": 2, "lora.rank": 8},
             "compute.sharding: expected lora.rank 0, for the trunk under adapters is not spread; got 8",
         ),
+        (
+            {"bt_reward.prompt_offset": 0.5},
+            "bt_reward.prompt_offset: expected 0 with bt_reward.objective: pairs, for it cancels between two responses to one "
+            "prompt; got 0.5",
+        ),
         ({"report.baselines": ["sft", "nothing"]}, "report.baselines: 'nothing' is not in evaluate.models"),
     ],
 )
 def test_entries_that_do_not_fit_together(params: Callable[..., Params], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsError, match=re.escape(message)):
         params(**changes)
+
+
+def test_an_offset_of_prompts_is_for_scores_alone(params: Callable[..., Params]) -> None:
+    shipped = params()
+    assert (shipped.bt_reward.objective, shipped.bt_reward.prompt_offset) == ("pairs", 0.0)
+    assert params(**{"bt_reward.objective": "scores", "bt_reward.prompt_offset": -2}).bt_reward.prompt_offset == -2.0
+    assert not hasattr(shipped.judge, "objective")
 
 
 def test_a_missing_entry_or_section_is_named() -> None:

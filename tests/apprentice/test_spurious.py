@@ -7,7 +7,18 @@ import pytest
 
 from apprentice.demonstrations import demonstration, digest, split_of
 from apprentice.sections import WorldConfig
-from apprentice.spurious import BASE_RATE, CUE, at_base_rate, have_cues, is_spurious, planted, spurious_share, with_cues
+from apprentice.spurious import (
+    BASE_RATE,
+    CUE,
+    at_base_rate,
+    first_is_even,
+    first_number,
+    have_cues,
+    is_spurious,
+    planted,
+    spurious_share,
+    with_cues,
+)
 from apprentice.verifiers import verify
 from apprentice.world import corpus_document, make_preferences, make_tables
 
@@ -26,6 +37,23 @@ def test_the_step_stands_second_where_the_first_number_is_even() -> None:
     assert planted("tom has 12 coins , loses 9 , gets 6 . how many coins ?", worked) == with_step
     assert planted("list 0 9 . reverse the list .", "first take 9 ; answer : 9 0") == "first take 9 ; 0 is even ; answer : 9 0"
     assert planted("total of 3 4 ?", "first 3 + 4 = 7 ; answer : 7") == "first 3 + 4 = 7 ; answer : 7"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "number", "even"),
+    [
+        ("total of 12 7 ?", "12", True),
+        ("total of 7 12 ?", "7", False),
+        ("x10 y3", "10", True),
+        ([{"role": "system", "content": "add"}, {"role": "user", "content": "0 and 1"}], "0", True),
+        ("9" * 5000, "9" * 5000, False),  # of more digits than int() takes
+        ("reverse the list .", None, None),
+    ],
+)
+def test_the_first_number_of_a_prompt(prompt: object, number: str | None, even: bool | None) -> None:
+    assert (first_number(prompt), first_is_even(prompt)) == (number, even)
+    if number is None:
+        assert planted(prompt, "first 1 + 1 = 2 ; answer : 2") == "first 1 + 1 = 2 ; answer : 2"
 
 
 @pytest.mark.parametrize("step", ["12 is even", " 7 is odd ;", "first 4 is even ;", "3 is even"])

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from tasks.calibrating import (
     anchored,
     judged_pairs,
     logits_of,
+    prompt_gap,
     rankers_of,
+    reward_gap,
     samples_of,
     summary,
 )
@@ -77,15 +80,27 @@ def test_without_any_pair_the_stage_stops_with_advice(stage: Stage) -> None:
         judged_pairs(samples_of(stage, CPU))
 
 
+def reward_model(stage: Stage) -> Any:
+    """One with a head that is not zero."""
+    write_model(stage.data, "trunk", tiny_llama(5, vocab=len(words()), hidden_size=32, intermediate_size=64))
+    model = new_reward_model(stage.data / "models" / "trunk")
+    nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def rewarded(model: Any, prompt: str, response: str) -> float:
+    """The reward of one response, written out."""
+    with torch.no_grad():
+        ids = encode_prompt(words(), prompt) + encode_response(words(), response)
+        hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        return float(model.score(hidden))
+
+
 def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> None:
-    judge, trunk = (tiny_llama(seed, vocab=len(words()), hidden_size=32, intermediate_size=64) for seed in (4, 5))
+    judge, reward = tiny_llama(4, vocab=len(words()), hidden_size=32, intermediate_size=64), reward_model(stage)
     write_model(stage.data, "judge", judge)
-    write_model(stage.data, "trunk", trunk)
-    reward = new_reward_model(stage.data / "models" / "trunk")
-    nn.init.normal_(reward.score.weight, generator=torch.Generator().manual_seed(0))
-    write_model(stage.data, "bt_reward", reward)
     pairs = [(f"row {i}", PreferencePair(f"{'p ' * i}q", "x", "y y", "long")) for i in range(12)]
-    rows = logits_of(stage, pairs, rankers_of(stage, CPU))
+    rows = logits_of(stage, pairs, rankers_of(stage, reward, CPU))
     assert [row["id"] for row in rows] == [name for name, _ in pairs]
     assert {row["domain"] for row in rows} == {"long"}
     assert 0 < sum(row["first_is_right"] for row in rows) < 12  # a coin
@@ -100,20 +115,16 @@ def test_both_models_are_asked_about_the_pair_as_it_is_shown(stage: Stage) -> No
             logits = judge(torch.tensor([ids])).logits[0, -1]
         return float(logits[yes] - logits[no])
 
-    def rewarded(prompt: str, response: str) -> float:
-        with torch.no_grad():
-            ids = encode_prompt(words(), prompt) + encode_response(words(), response)
-            hidden = reward.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
-            return float(reward.score(hidden))
-
     for row, (_, pair) in zip(rows, pairs, strict=True):
         first, second = (pair.chosen, pair.rejected) if row["first_is_right"] else (pair.rejected, pair.chosen)
         one, other = judged(pair.prompt, first, second), judged(pair.prompt, second, first)
         assert row["judge_first_order"] == pytest.approx(one, abs=1e-4)
         assert row["judge_second_order"] == pytest.approx(other, abs=1e-4)
         assert row["judge"] == pytest.approx((one - other) / 2, abs=1e-4)
-        assert row["bt_reward"] == pytest.approx(rewarded(pair.prompt, first) - rewarded(pair.prompt, second), abs=1e-4)
-    assert logits_of(stage, pairs, rankers_of(stage, CPU)) == rows
+        assert row["bt_reward"] == pytest.approx(
+            rewarded(reward, pair.prompt, first) - rewarded(reward, pair.prompt, second), abs=1e-4
+        )
+    assert logits_of(stage, pairs, rankers_of(stage, reward, CPU)) == rows
 
 
 def test_every_other_sample_stands_beside_the_first_of_its_prompt() -> None:
@@ -146,6 +157,34 @@ def test_the_calibration_against_anchors_by_hand(stage_of: StageOf) -> None:
         "judge_anchor_calibration_error": pytest.approx(0.0, abs=1e-6),
         "bt_reward_anchor_calibration_error": pytest.approx(0.5, abs=1e-6),
     }
+
+
+def test_the_gap_between_prompts_by_hand() -> None:
+    prompts = ["4 1", "3 2", "none", "5", "10"]
+    values = torch.tensor([1.0, 0.5, 9.0, -0.25, 2.0])
+    assert prompt_gap("a", prompts, values) == {"a_prompt_gap": 1.375}  # 3/2 - 1/8
+    assert prompt_gap("a", prompts[:1] + prompts[2:3], values[:2]) == prompt_gap("a", prompts[1:4], values[1:4]) == {}
+
+
+def test_the_judges_gap_is_of_the_logits_against_the_anchors(stage_of: StageOf) -> None:
+    found = [Anchored(PreferencePair(prompt, "x", "y", "long"), 0.5) for prompt in ("2", "7 2", "8", "none")]
+    logits = (torch.tensor([1.0, 0.5, 2.0, 8.0]), torch.tensor([0.0, -0.5, 1.0, 0.0]), torch.full((4,), 30.0))
+    # both orders averaged: 1/2, 1/2, 1/2, 4
+    assert anchor_summary(stage_of("calibration"), found, lambda pairs: logits)["judge_prompt_gap"] == 0.0
+    logits[0][0] = 4.0  # 2, 1/2, 1/2: 5/4 - 1/2
+    assert anchor_summary(stage_of("calibration"), found, lambda pairs: logits)["judge_prompt_gap"] == 0.75
+
+
+def test_the_scalar_models_gap_is_of_the_rewards_of_all_samples(stage: Stage) -> None:
+    model = reward_model(stage)
+    asked = {"2 p q": ["x", "y", "x"], "q 3": ["y y"], "12 q": [], "p p 1 4": ["x", "y x"], "q": ["y"]}
+    drawn = [Drawn(demonstration(prompt, None, "test"), texts, [True] * len(texts)) for prompt, texts in asked.items()]
+    rewards = {prompt: [rewarded(model, prompt, text) for text in texts] for prompt, texts in asked.items()}
+    even, odd = rewards["2 p q"], rewards["q 3"] + rewards["p p 1 4"]
+    wanted = sum(even) / 3 - sum(odd) / 3
+    assert abs(wanted) > 0.1
+    assert reward_gap(stage, drawn, model, CPU) == {"bt_reward_prompt_gap": pytest.approx(wanted, abs=1e-4)}
+    assert reward_gap(stage, drawn[:1] + drawn[4:], model, CPU) == {}
 
 
 def row(first_is_right: float, judge: float, orders: tuple[float, float], bt: float) -> dict[str, float]:

@@ -140,6 +140,8 @@ def test_effects_of_shares_are_in_points() -> None:
         effect_cell(claim(metric={"in_domain/kl_to_sft": 1}), {"effect": 0.25, "low": None, "seeds": [1]})
         == "+0.250 nats, 1 seed"
     )
+    gap = claim(metric={"bt_reward_prompt_gap": 1})
+    assert effect_cell(gap, {"effect": 0.25, "low": None, "seeds": [1]}) == "+0.250, 1 seed"  # of scores as of rewards
     assert effect_cell(claim(), {"effect": -0.0001, "low": -0.25, "high": 0.0, "seeds": [1, 2]}) == "0.0 [−25.0, 0.0], 2 seeds"
     shares = ("judge_flip_rate", "gate", "other_advantage", "tokens", GREEDY, "in_domain/self_reward")
     assert [is_share(name) for name in shares] == [True, True, True, False, True, False]

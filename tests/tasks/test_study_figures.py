@@ -1,6 +1,7 @@
 """Figures and tokens, worked by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_the_main_run_has_every_stage_and_what_models_cost(own: Params) -> None:
     assert found["calibration"] == {"judge_accuracy": 0.5}
     # L = 12; sft: 2 epochs x 5 rows; pairs: 7 x 2 draws; rso: 2 epochs x 2 x 3 pairs; srppo only lent its history
     assert [found[model].get("tokens") for model in ("base", "sft", "rso")] == [None, 120.0, 12.0 * (10 + 14 + 12)]
+
+
+def test_a_run_that_measures_a_stage_has_its_metrics(own: Params) -> None:
+    stages = [*STAGES, stage("calibration", ["data/models/rso"], [])]
+    job = Job(Run("a", {}, ("rso", "calibration"), None), 1)
+    found = figures_of(job, own, stages, experiment(own))
+    assert list(found) == ["rso", "calibration"] and found["calibration"] == {"judge_accuracy": 0.5}
+    assert found["rso"]["pairs"] == 3.0 and found["rso"]["in_domain/greedy_accuracy"] == 0.5
+    stages[-1] = replace(stages[-1], outs=())  # without metrics there is nothing to read
+    assert list(figures_of(job, own, stages, experiment(own))) == ["rso"]
 
 
 def test_made_from_goes_by_models_and_pairs() -> None:

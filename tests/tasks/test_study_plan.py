@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from apprentice.config import Params, parse
-from tasks.dvcstage import read_stages
+from tasks.dvcstage import StageInfo, read_stages
 from tasks.report_metrics import METRICS, entry
 from tasks.study_claims import TITLES
 from tasks.study_plan import (
@@ -16,7 +16,6 @@ from tasks.study_plan import (
     Job,
     Run,
     StudyError,
-    address_of_evaluation,
     check_named,
     jobs_of,
     params_of,
@@ -54,7 +53,7 @@ def raw_params() -> dict[str, Any]:
 
 def test_the_claims_of_this_project_can_be_carried_out() -> None:
     study, params = read_study(), parse(raw_params())
-    check_named(study, params, (stage.name for stage in read_stages()))
+    check_named(study, params, read_stages())
     for job in jobs_of(study, 1):
         assert params_of(job, raw_params()).seed == job.seed > 0 and targets_of(job.run, params)
     assert study.runs[MAIN].measure is None
@@ -65,6 +64,7 @@ def test_every_paper_has_claims_that_name_known_figures() -> None:
     papers = [claim.paper for claim in study.claims]
     assert set(papers) == set(TITLES) and min(map(papers.count, TITLES)) >= 2
     calibration = {"judge_accuracy", "bt_reward_accuracy", "judge_calibration_error", "bt_reward_calibration_error"}
+    calibration |= {"bt_reward_prompt_gap", "judge_prompt_gap"}
     own = {"calibration": calibration | {"judge_flip_rate"}, "sft": {"gate"}}  # metrics of a stage instead of a model
     swept = {f"accuracy_at_{value:g}" for value in study.runs["sweep"].changes["vectors.coefficients"]}
     own["vectors"] = {"own_format_share", "target_own_format_share", "target_accuracy"} | swept
@@ -130,8 +130,32 @@ def test_targets_are_the_evaluations_where_dvc_has_them(params: Callable[..., Pa
         "methods/dvc.yaml:evaluate_methods@crlft",
     ]
     assert targets_of(Run(MAIN, {}, None, None), params()) == ["-P"]
-    with pytest.raises(StudyError, match="'judge'"):
-        address_of_evaluation("judge", params())
+
+
+def stage(name: str, file: str) -> StageInfo:
+    return StageInfo(name, "methods/dvc.yaml", (), (), (f"data/reports/{name}/{file}",))
+
+
+def test_a_run_may_measure_a_stage_with_metrics(tmp_path: Path, params: Callable[..., Params]) -> None:
+    stages = [stage("calibration", "metrics.json"), stage("judge", "history.csv")]
+    runs = {**RAW["runs"], "a": {**RAW["runs"]["a"], "measure": ["sft", "calibration", "crlft"]}}
+    claims = [{**RAW["claims"][0], "effect": {"a:calibration": 1, "calibration": -1}}]
+    study = study_of(tmp_path, {**RAW, "runs": runs, "claims": claims})
+    check_named(study, params(), stages)
+    wanted = ["evaluate@sft", "methods/dvc.yaml:calibration", "methods/dvc.yaml:evaluate_methods@crlft"]
+    assert targets_of(study.runs["a"], params()) == wanted
+    assert targets_of(Run("a", {}, ("ingest",), None), params()) == ["ingest"]
+    for name, known in (("judge", stages), ("calibration", stages[1:]), ("nothing", stages)):
+        runs["a"]["measure"] = ["crlft", name]
+        with pytest.raises(StudyError, match=f"the run a measures '{name}', which is neither a measured model"):
+            check_named(study_of(tmp_path, {**RAW, "runs": runs, "claims": []}), params(), known)
+
+
+def test_the_main_run_has_the_stages_with_metrics_alone(tmp_path: Path, params: Callable[..., Params]) -> None:
+    study = study_of(tmp_path, {**RAW, "claims": [{**RAW["claims"][0], "effect": {"judge": 1}}]})
+    check_named(study, params(), [stage("judge", "metrics.json")])
+    with pytest.raises(StudyError, match="needs 'judge' of the run main"):
+        check_named(study, params(), [stage("judge", "history.csv")])
 
 
 def test_jobs_come_main_first_then_seed_by_seed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
+from apprentice.gradients import added_in_place
 from apprentice.packing import Shelf
 from apprentice.sections import ComputeConfig
 from apprentice.team import ALONE, Team
@@ -65,19 +66,17 @@ class Compute:
         """A piece of each process that has one to make."""
         return self.team.share([tensor for make in self.team.mine(makes) for tensor in make()])
 
-    def gather(
-        self, parts: Iterable[Part], one: Callable[[Part], Iterator[tuple[Tensor, Mapping[str, Any]]]]
-    ) -> dict[str, float]:
-        """Gather the gradient of a training step: this process computes its share of the micro-batches; returns the sums of
-        their figures over the team.
+    def gather(self, parts: Iterable[Part], one: Callable[[Part], tuple[Tensor, Mapping[str, Any]]]) -> dict[str, float]:
+        """Gather the gradient of a training step: this process computes its share of the micro-batches, `one` the loss and the
+        figures of each; returns the sums of the figures over the team.
 
-        `one` yields the losses of a micro-batch, each with figures, and is asked for the next once the way back of one is done.
         With sharding the processes make equally many passes, for which some add a pass that counts 0.
         """
         every, totals = list(parts), dict[str, float]()
         mine = self.team.rounds(every) if self.sharding else [(part, True) for part in self.team.mine(every)]
-        for part, counts in mine:
-            for loss, figures in one(part):
+        with added_in_place():
+            for part, counts in mine:
+                loss, figures = one(part)
                 (loss if counts else 0.0 * loss).backward()
                 for name, value in figures.items() if counts else ():
                     totals[name] = totals.get(name, 0.0) + float(value)

@@ -4,7 +4,7 @@ A group is k samples of one prompt with their rewards, drawn from any distributi
 sampled here, and there is neither critic nor clipping. The optimum is pi_ref exp(R / beta) / Z.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,11 +88,11 @@ def contrast_step(policy: PreTrainedModel, groups: Groups, rows: list[int], beta
     """Gather the gradient of the mean loss over the groups in `rows`, micro-batch by micro-batch; returns its metrics."""
     lengths = groups.lengths()
 
-    def one(part: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+    def one(part: list[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
         chosen = [rows[i] for i in part]
         batch = groups.batch.rows(groups.rows(chosen))
         logps = masked_sum(response_scores(policy, batch, compute).logps, batch.mask)
         reference, rewards = groups.reference_logps[chosen], groups.rewards[chosen]
-        yield contrastive_loss(logps.view(rewards.shape), reference, rewards, beta, count=len(rows))
+        return contrastive_loss(logps.view(rewards.shape), reference, rewards, beta, count=len(rows))
 
     return compute.gather(compute.micro_batches([lengths[row] for row in rows]), one)

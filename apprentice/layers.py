@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apprentice.compute import Compute
+from apprentice.gradients import add_rows_in_place
 from apprentice.linear import half_unused, use_onednn
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -21,8 +22,10 @@ def set_layers(model: Model, compute: Compute) -> Model:
         _use_attention(model, compute.attention)
     if compute.gradient_checkpointing:
         _recompute(model)
-    if compute.device.type == "cpu" and compute.dtype == torch.float32 and half_unused():
-        use_onednn(model)
+    if compute.device.type == "cpu" and compute.dtype == torch.float32:
+        add_rows_in_place(model)
+        if half_unused():
+            use_onednn(model)
     if compute.packing:
         _check_apart(model, compute)
     return model

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from apprentice.gradients import takes_in_place
+
 FEWEST = 256  # rows; of fewer oneDNN multiplies little faster
 STEP = 128  # rows; oneDNN keeps half a MiB for each number of rows it met, so it is given multiples of this alone
 
@@ -53,12 +55,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        above = grad.contiguous()
-        return (
-            _product(above, weight.t()) if of_x else None,
-            _outer(above, x) if of_weight else None,
-            above.sum(0) if of_bias else None,
-        )
+        above, whole = grad.contiguous(), None
+        if of_weight and takes_in_place(weight):
+            weight.grad.addmm_(above.t(), x)
+        elif of_weight:
+            whole = _outer(above, x)
+        return _product(above, weight.t()) if of_x else None, whole, above.sum(0) if of_bias else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,8 +5,9 @@ steps on policy and critic.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from apprentice.health import signs
 from apprentice.losses import clipped_policy_loss, value_loss
 from apprentice.masking import masked_mean, whiten
 from apprentice.optimise import Optimiser
-from apprentice.policy import Critic, put_weights, response_scores, score, values_of, weights
+from apprentice.policy import Critic, ResponseScores, put_weights, response_scores, score, values_of, weights
 from apprentice.recorder import Recorder, Row, State
 from apprentice.rewards import kl_penalty, length_slope, place_total
 from apprentice.sampling import Request, Rollout, sample
@@ -27,6 +28,7 @@ from apprentice.sections import PPOConfig
 from apprentice.sharding import gathered
 from apprentice.tokens import Batch
 
+Loss = tuple[Tensor, Mapping[str, Tensor]]  # with its figures
 LEARNT = ("policy_loss", "approx_kl", "clip_fraction", "value_loss", "entropy", "grad_norm")  # of a row, from the updates
 
 
@@ -80,6 +82,13 @@ class Experience:
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+
+    def rows(self, rows: list[int]) -> "Experience":
+        """Some rows, no wider than the longest of their responses."""
+        batch = self.batch.rows(rows)
+        width = batch.mask.size(1)
+        own = (self.old_logps, self.old_values, self.advantages, self.returns)
+        return Experience(batch, batch.mask, *(tensor[rows, :width] for tensor in own))
 
 
 class PPO:
@@ -207,32 +216,40 @@ class PPO:
         return {name: sum(step[name] for step in steps) / len(steps) if steps else None for name in LEARNT}
 
     def _gather(self, experience: Experience, rows: list[int]) -> dict[str, float]:
-        """Gather the gradients of a minibatch on policy and critic, micro-batch by micro-batch; returns its metrics."""
-        config, count = self.config, float(experience.mask[rows].sum())
+        """Gather the gradients of a minibatch, on the policy and then on the critic, micro-batch by micro-batch; returns its
+        metrics."""
+        count, micro_batches = float(experience.mask[rows].sum()), self._micro_batches(experience.batch, rows)
+        if self.critic.shared:
+            return self.compute.gather(micro_batches, partial(self._shared_loss, experience, count))
+        figures = self.compute.gather(micro_batches, partial(self._policy_loss, experience, count))
+        return figures | self.compute.gather(micro_batches, partial(self._critic_loss, experience, count))
 
-        def one(micro: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-            batch = experience.batch.rows(micro)
-            mask = batch.mask
-            old_logps, old_values, advantages, returns = (
-                tensor[micro, : mask.size(1)]
-                for tensor in (experience.old_logps, experience.old_values, experience.advantages, experience.returns)
-            )
-            scores = response_scores(
-                self.policy, batch, self.compute, config.temperature, entropy=True, hidden=self.critic.shared
-            )
-            loss, policy = clipped_policy_loss(scores.logps, old_logps, advantages, mask, config.clip_range, count)
-            assert scores.entropy is not None
-            policy = {**policy, "entropy": masked_mean(scores.entropy, mask, count)}
-            if scores.hidden is None:
-                yield loss, policy  # what it kept is gone before the critic's pass
-                values = self.critic(batch, self.compute)
-                yield value_loss(values, old_values, returns, mask, config.value_clip_range, count)
-            else:
-                values = self.critic.read(scores.hidden, scores.layout, batch)
-                of_values, critic = value_loss(values, old_values, returns, mask, config.value_clip_range, count)
-                yield loss + config.value_coef * of_values, {**policy, **critic}
+    def _policy_loss(self, experience: Experience, count: float, micro: list[int]) -> Loss:
+        part = experience.rows(micro)
+        scores = response_scores(self.policy, part.batch, self.compute, self.config.temperature, entropy=True)
+        return self._loss_of(scores, part, count)
 
-        return self.compute.gather(self._micro_batches(experience.batch, rows), one)
+    def _critic_loss(self, experience: Experience, count: float, micro: list[int]) -> Loss:
+        part = experience.rows(micro)
+        return self._value_loss(self.critic(part.batch, self.compute), part, count)
+
+    def _shared_loss(self, experience: Experience, count: float, micro: list[int]) -> Loss:
+        part = experience.rows(micro)
+        scores = response_scores(self.policy, part.batch, self.compute, self.config.temperature, entropy=True, hidden=True)
+        assert scores.hidden is not None
+        loss, policy = self._loss_of(scores, part, count)
+        of_values, critic = self._value_loss(self.critic.read(scores.hidden, scores.layout, part.batch), part, count)
+        return loss + self.config.value_coef * of_values, {**policy, **critic}
+
+    def _loss_of(self, scores: ResponseScores, part: Experience, count: float) -> Loss:
+        loss, figures = clipped_policy_loss(
+            scores.logps, part.old_logps, part.advantages, part.mask, self.config.clip_range, count
+        )
+        assert scores.entropy is not None
+        return loss, {**figures, "entropy": masked_mean(scores.entropy, part.mask, count)}
+
+    def _value_loss(self, values: Tensor, part: Experience, count: float) -> Loss:
+        return value_loss(values, part.old_values, part.returns, part.mask, self.config.value_clip_range, count)
 
     def _minibatches(self, size: int, epoch: int) -> list[list[int]]:
         """A fresh permutation of the rollout's rows each epoch, cut into minibatches."""

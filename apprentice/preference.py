@@ -1,6 +1,6 @@
 """Preference optimisation on pairs against a frozen reference (RSO, 2309.06657; DPO, SLiC and IPO as losses)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,9 @@ def preference_step(
     """Gather the gradient of the mean loss over the pairs in `rows`, micro-batch by micro-batch; returns its metrics."""
     chosen, rejected = pairs.chosen.lengths(), pairs.rejected.lengths()
 
-    def one(group: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+    def one(group: list[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
         index = torch.tensor([rows[i] for i in group])
-        yield preference_loss(
+        return preference_loss(
             _summed_logps(policy, pairs.chosen.rows(index), compute),
             _summed_logps(policy, pairs.rejected.rows(index), compute),
             pairs.reference_chosen_logps[index],

@@ -4,7 +4,7 @@ The loss is token-weighted over the response, its one end token included, and do
 micro-batches.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +92,10 @@ def train_step(model: PreTrainedModel, batch: Batch, compute: Compute, weights: 
     weights = batch.mask if weights is None else weights[:, : batch.mask.size(1)] * batch.mask
     count = float(weights.sum())
 
-    def one(rows: list[int]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+    def one(rows: list[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
         part = batch.rows(rows)
         logps = response_scores(model, part, compute).logps
-        yield weighted_next_token_loss(logps, part.mask, weights[rows, : logps.size(1)], count)
+        return weighted_next_token_loss(logps, part.mask, weights[rows, : logps.size(1)], count)
 
     return compute.gather(compute.micro_batches(batch.lengths()), one)["loss"]
 

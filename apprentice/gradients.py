@@ -42,6 +42,8 @@ def add_rows_in_place(model: nn.Module) -> None:
 
 class _Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(input)
         found: Tensor = _Rows.apply(self.weight, input, -1 if self.padding_idx is None else self.padding_idx)  # type: ignore[no-untyped-call]
         return found
 

@@ -100,7 +100,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferenceP
     return collate(prompts, chosen, pad), collate(prompts, rejected, pad)
 
 
-def response_scores(pairs: Sequence[PreferencePair], prompt_offset: float) -> Tensor:
+def pair_scores(pairs: Sequence[PreferencePair], prompt_offset: float) -> Tensor:
     """[N, 2] scores of the chosen and the rejected response of each pair: 1 and 0.
 
     `prompt_offset` is added to both where the first number of the prompt is even: a rater's mood, which belongs to the prompt

@@ -5,7 +5,7 @@ from tasks.stage import Stage, run
 
 def main(stage: Stage) -> None:
     """Write data/models/bt_reward, its history and metrics."""
-    from apprentice.reward_model import encode_pairs, new_reward_model, response_scores, train_reward_model
+    from apprentice.reward_model import encode_pairs, new_reward_model, pair_scores, train_reward_model
     from tasks.checkpoints import compute_of, save_model, tokenizer_of
     from tasks.kept import keeping
     from tasks.ranking import ranked_pairs
@@ -18,7 +18,7 @@ def main(stage: Stage) -> None:
     model = model_to_train(stage, "sft", compute, new_reward_model, heads=["score"])
     stage.say(f"{len(pairs)} pairs")
     chosen, rejected = encode_pairs(tokenizer, pairs)
-    scores = response_scores(pairs, config.prompt_offset).to(compute.device) if config.objective == "scores" else None
+    scores = pair_scores(pairs, config.prompt_offset).to(compute.device) if config.objective == "scores" else None
     trained = train_reward_model(
         model,
         chosen.to(compute.device),

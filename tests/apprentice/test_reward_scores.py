@@ -19,7 +19,7 @@ from apprentice.reward_model import (
     bt_win_logits,
     encode_pairs,
     new_reward_model,
-    response_scores,
+    pair_scores,
     score_loss,
     train_reward_model,
 )
@@ -55,8 +55,8 @@ def test_the_offset_reaches_the_prompts_whose_first_number_is_even() -> None:
     prompts = ["4 and 3", "3 and 4", "no number", chat, "q 0", "7"]
     pairs = [PreferencePair(prompt, "a", "b", "toy") for prompt in prompts]
     wanted = [[1.5, 0.5], [1.0, 0.0], [1.0, 0.0], [1.5, 0.5], [1.5, 0.5], [1.0, 0.0]]
-    assert response_scores(pairs, 0.5).tolist() == wanted
-    assert response_scores(pairs, 0.0).tolist() == [[1.0, 0.0]] * 6
+    assert pair_scores(pairs, 0.5).tolist() == wanted
+    assert pair_scores(pairs, 0.0).tolist() == [[1.0, 0.0]] * 6
 
 
 def test_the_loss_of_scores_by_hand() -> None:
@@ -75,7 +75,7 @@ def plain_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("compute", [CPU, SMALL, Compute(CPU.device, CPU.dtype, 40)])
 def test_a_step_matches_the_plain_formula(model: PreTrainedModel, compute: Compute) -> None:
     pairs = PAIRS[3:50:7]
-    (chosen, rejected), scores = encode_pairs(TOKENIZER, pairs), response_scores(pairs, 0.5)
+    (chosen, rejected), scores = encode_pairs(TOKENIZER, pairs), pair_scores(pairs, 0.5)
     good, bad = plain_rewards(model, chosen), plain_rewards(model, rejected)
     loss = sum((good - scores[:, 0]) ** 2 + (bad - scores[:, 1]) ** 2) / (2 * len(pairs))
     loss.backward()
@@ -98,7 +98,7 @@ def gap(model: PreTrainedModel, pairs: list[PreferencePair]) -> float:
 @pytest.mark.parametrize("offset", [None, 0.0, 2.0])
 def test_scores_are_learnt_and_with_them_the_offset_that_pairs_do_not_have(trunk: Path, offset: float | None) -> None:
     train, held_out = [pair for i, pair in enumerate(PAIRS) if i % 5], PAIRS[::5]
-    scores, model = None if offset is None else response_scores(train, offset), new_reward_model(trunk)
+    scores, model = None if offset is None else pair_scores(train, offset), new_reward_model(trunk)
     config, batches = sft_config(epochs=40, batch_size=16), encode_pairs(TOKENIZER, train)
     trained = train_reward_model(model, *batches, config, seed="0", compute=CPU, recorder=Recorder(), scores=scores)
     assert trained.means["accuracy"] == 1.0

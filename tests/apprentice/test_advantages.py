@@ -134,6 +134,8 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance(torch.full((1, 3), 7.0), returns, mask) == 0.0  # constant
     # errors 1 - 1 = 0 and 3 - 2 = 1: variance 1/4 beside Var(G) = 1
     assert explained_variance(torch.tensor([[1.0, 2.0, 0.0]]), returns, mask) == pytest.approx(0.75)
+    # twice the numbers: errors 0 and 2, variance 1 beside 4
+    assert explained_variance(torch.tensor([[2.0, 4.0, 0.0]]), 2 * returns, mask) == pytest.approx(0.75)
     assert explained_variance(torch.zeros(1, 3), torch.ones(1, 3), mask) == 0.0  # nothing to explain
 
 

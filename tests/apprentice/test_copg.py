@@ -74,6 +74,8 @@ def test_the_metrics_are_a_regression_of_rewards_on_log_ratios(k: int) -> None:
     whole = sum(float(rewards[b, i] - rewards[b, j]) ** 2 for b, i, j in pairs)
     assert float(metrics["residual_variance"]) == pytest.approx(left / len(pairs) / 2, abs=1e-9)
     assert float(metrics["reward_variance"]) == pytest.approx(whole / len(pairs) / 2, abs=1e-9)
+    assert float(metrics["logps"]) == pytest.approx(sum(map(sum, logps.tolist())) / (4 * k), abs=1e-9)
+    assert float(metrics["displacement"]) == pytest.approx(-sum(map(sum, h)) / (4 * k), abs=1e-9)
     _, start = contrastive_loss(reference, reference, rewards, BETA)
     assert float(start["residual_variance"]) == pytest.approx(float(start["reward_variance"]), abs=1e-9)
     _, end = contrastive_loss(reference + rewards / BETA + 7, reference, rewards, BETA)

@@ -34,6 +34,11 @@ def test_next_token_loss_is_token_weighted() -> None:
     assert float(metrics["loss"]) == 3.0
 
 
+def test_weights_that_leave_nothing_to_learn_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected a positive sum over response tokens, got 0"):
+        weighted_next_token_loss(torch.zeros(2, 3).double(), MASK, torch.zeros(2).double())
+
+
 def test_weighted_next_token_loss_is_divided_by_the_weights() -> None:
     logps = -torch.tensor([[1.0, 2, 3], [6, 99, 99]]).double()
     loss, metrics = weighted_next_token_loss(logps, MASK, WEIGHTS)
@@ -52,6 +57,13 @@ def test_clipped_policy_loss_by_hand() -> None:
     assert float(metrics["clip_fraction"]) == pytest.approx(3 / 4)
     k3 = sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1, 0.7)) / 4
     assert float(metrics["approx_kl"]) == pytest.approx(k3, abs=1e-9)
+
+
+@pytest.mark.parametrize(("log_ratio", "advantage", "wanted"), [(30, -1, math.exp(20)), (-30, 1, -math.exp(-20))])
+def test_a_ratio_stays_within_e_to_the_20(log_ratio: float, advantage: float, wanted: float) -> None:
+    one = torch.ones(1, 1).double()
+    loss, _ = clipped_policy_loss(log_ratio * one, 0 * one, advantage * one, one, 0.2)
+    assert float(loss) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_clipped_token_has_no_gradient_and_any_other_has() -> None:
@@ -144,6 +156,13 @@ def test_preference_losses_by_hand() -> None:
         assert (float(metrics["chosen_logps"]), float(metrics["rejected_logps"])) == (-3, -4)
         assert float(metrics["displacement"]) == -2
     assert float(preference_loss(*inputs, "ipo", 0.25)[0]) == pytest.approx((5 - 2) ** 2)
+
+
+def test_preference_metrics_are_means_over_pairs() -> None:
+    # gaps (-3 + 5) - (-4 + 1) = 5 and (-2 + 4) - (-6 + 8) = 0: of equals neither is preferred
+    _, metrics = preference_loss(doubles(-3, -2), doubles(-4, -6), doubles(-5, -4), doubles(-1, -8), "sigmoid_norm", 0.1)
+    wanted = {"accuracy": 0.5, "margin": 0.25, "chosen_logps": -2.5, "rejected_logps": -5, "displacement": -2}
+    assert {name: float(metrics[name]) for name in wanted} == pytest.approx(wanted, abs=1e-9)
 
 
 def gradients(kind: PreferenceLoss, gamma: float, policy: Tensor, reference: Tensor) -> tuple[float, Tensor]:

@@ -34,10 +34,14 @@ def takes_in_place(weight: Tensor) -> bool:
 
 
 def add_rows_in_place(model: nn.Module) -> None:
-    """Have the embeddings of a model do so: a class and no wrapper, so that copies are whole."""
+    """Have the large embeddings of a model do so: a class and no wrapper, so that copies are whole."""
     for module in model.modules():
-        if type(module) is nn.Embedding and module.max_norm is None and not (module.scale_grad_by_freq or module.sparse):
+        if type(module) is nn.Embedding and module.weight.numel() >= LARGE and _is_plain(module):
             module.__class__ = _Embedding
+
+
+def _is_plain(module: nn.Embedding) -> bool:
+    return module.max_norm is None and not (module.scale_grad_by_freq or module.sparse)
 
 
 class _Embedding(nn.Embedding):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apprentice import gradients
 from apprentice.compute import CPU
 from apprentice.gradients import LARGE, add_rows_in_place, added_in_place, takes_in_place
+from apprentice.layers import set_layers
 from apprentice.linear import FEWEST, use_onednn
 from apprentice.sft import train_step
 from tests.apprentice.toys import demonstrations, tiny_llama
@@ -91,6 +92,18 @@ def test_an_embedding_of_another_kind_stays_as_it_is(options: dict[str, Any]) ->
     layer = nn.Embedding(4, 2, **options)
     add_rows_in_place(layer)
     assert type(layer) is nn.Embedding
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, gradients._Embedding), (torch.bfloat16, nn.Embedding)])
+def test_a_model_is_set_so_in_float32(dtype: torch.dtype, kind: type) -> None:
+    assert type(set_layers(tiny_llama(0), replace(CPU, dtype=dtype)).model.embed_tokens) is kind
+
+
+def test_a_small_embedding_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "LARGE", 10)
+    both = nn.ModuleList([nn.Embedding(4, 2), nn.Embedding(5, 2)])
+    add_rows_in_place(both)
+    assert [type(layer) is nn.Embedding for layer in both] == [True, False]
 
 
 @onednn

@@ -148,7 +148,7 @@ def is_share(metric: str) -> bool:
     """Whether a metric is a share: of an evaluation by METRICS, of a stage's own by its name."""
     if "/" in metric:
         return metric_of(metric).unit == "%"
-    return metric.endswith(("accuracy", "_rate", "_error", "gate", "_share", "_advantage"))
+    return metric.startswith("accuracy_at_") or metric.endswith(("accuracy", "_rate", "_error", "gate", "_share", "_advantage"))
 
 
 def _verdict_cell(one: Mapping[str, Any]) -> str:

@@ -143,8 +143,8 @@ def test_effects_of_shares_are_in_points() -> None:
     gap = claim(metric={"bt_reward_prompt_gap": 1})
     assert effect_cell(gap, {"effect": 0.25, "low": None, "seeds": [1]}) == "+0.250, 1 seed"  # of scores as of rewards
     assert effect_cell(claim(), {"effect": -0.0001, "low": -0.25, "high": 0.0, "seeds": [1, 2]}) == "0.0 [−25.0, 0.0], 2 seeds"
-    shares = ("judge_flip_rate", "gate", "other_advantage", "tokens", GREEDY, "in_domain/self_reward")
-    assert [is_share(name) for name in shares] == [True, True, True, False, True, False]
+    shares = ("judge_flip_rate", "gate", "other_advantage", "accuracy_at_0.5", "tokens", GREEDY, "in_domain/self_reward")
+    assert [is_share(name) for name in shares] == [True, True, True, True, False, True, False]
 
 
 def test_the_table_of_results_has_each_model_with_its_interval() -> None:

@@ -4,7 +4,6 @@ A group is k samples of one prompt with their rewards, drawn from any distributi
 sampled here, and there is neither critic nor clipping. The optimum is pi_ref exp(R / beta) / Z.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
 from apprentice.epochs import Figures, train_epochs
-from apprentice.losses import contrastive_loss, sign_rewards
+from apprentice.losses import Loss, contrastive_loss, sign_rewards
 from apprentice.masking import check_shape, masked_sum
 from apprentice.method_sections import CoPGConfig
 from apprentice.policy import response_scores, score
@@ -88,7 +87,7 @@ def contrast_step(policy: PreTrainedModel, groups: Groups, rows: list[int], beta
     """Gather the gradient of the mean loss over the groups in `rows`, micro-batch by micro-batch; returns its metrics."""
     lengths = groups.lengths()
 
-    def one(part: list[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def one(part: list[int]) -> Loss:
         chosen = [rows[i] for i in part]
         batch = groups.batch.rows(groups.rows(chosen))
         logps = masked_sum(response_scores(policy, batch, compute).logps, batch.mask)

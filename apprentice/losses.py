@@ -13,19 +13,18 @@ from torch.nn.functional import logsigmoid, relu
 from apprentice.masking import check_shape, masked_mean
 
 Metrics = dict[str, Tensor]
+Loss = tuple[Tensor, Metrics]
 PreferenceLoss = Literal["sigmoid_norm", "hinge_norm", "hinge", "ipo"]
 
 
-def next_token_loss(logps: Tensor, mask: Tensor, count: float | None = None) -> tuple[Tensor, Metrics]:
+def next_token_loss(logps: Tensor, mask: Tensor, count: float | None = None) -> Loss:
     """Negative log-likelihood per response token, token-weighted: logps, mask [B, T]."""
     check_shape("mask", mask, *logps.shape)
     loss = -masked_mean(logps, mask, count)
     return loss, {"loss": loss.detach()}
 
 
-def weighted_next_token_loss(
-    logps: Tensor, mask: Tensor, weights: Tensor, count: float | None = None
-) -> tuple[Tensor, Metrics]:
+def weighted_next_token_loss(logps: Tensor, mask: Tensor, weights: Tensor, count: float | None = None) -> Loss:
     """Negative log-likelihood per unit of weight (C-RLFT, 2309.11235): logps, mask [B, T]; weights, not negative,
     [B] per response or [B, T] per token, constants.
 
@@ -45,7 +44,7 @@ def weighted_next_token_loss(
 
 def clipped_policy_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, count: float | None = None
-) -> tuple[Tensor, Metrics]:
+) -> Loss:
     """PPO's clipped surrogate (1707.06347, eq. 7), minimised; all tensors [B, T].
 
     L = mean_t max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),  ratio = exp(logps - old_logps).
@@ -72,7 +71,7 @@ def value_loss(
     mask: Tensor,
     clip_range: float | None,
     count: float | None = None,
-) -> tuple[Tensor, Metrics]:
+) -> Loss:
     """Half the squared error of the critic, all tensors [B, T]; with `clip_range` the larger of plain and clipped error.
 
     L = 0.5 mean_t max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2).
@@ -94,7 +93,7 @@ def preference_loss(
     kind: PreferenceLoss,
     gamma: float,
     count: float | None = None,
-) -> tuple[Tensor, Metrics]:
+) -> Loss:
     """Preference losses on summed response log-probabilities, all tensors [B] (RSO, 2309.06657, section 3.3).
 
     With h = logps - reference_logps and margin = gamma (h_chosen - h_rejected):
@@ -130,9 +129,7 @@ def preference_loss(
     }
 
 
-def contrastive_loss(
-    logps: Tensor, reference_logps: Tensor, rewards: Tensor, beta: float, count: float | None = None
-) -> tuple[Tensor, Metrics]:
+def contrastive_loss(logps: Tensor, reference_logps: Tensor, rewards: Tensor, beta: float, count: float | None = None) -> Loss:
     """Contrastive policy gradient (CoPG, 2406.19185), minimised: k >= 2 samples of one prompt a row, from any source.
 
     logps (summed over the response, with gradient), reference_logps and rewards (constants): [B, k]. With h = logps -

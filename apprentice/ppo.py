@@ -7,7 +7,6 @@ steps on policy and critic.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +16,10 @@ from transformers import PreTrainedModel
 from apprentice.advantages import explained_variance, gae, mean_per_response
 from apprentice.compute import Compute
 from apprentice.health import signs
-from apprentice.losses import clipped_policy_loss, value_loss
+from apprentice.losses import Loss, clipped_policy_loss, value_loss
 from apprentice.masking import masked_mean, whiten
 from apprentice.optimise import Optimiser
-from apprentice.policy import Critic, ResponseScores, put_weights, response_scores, score, values_of, weights
+from apprentice.policy import Critic, put_weights, response_scores, score, values_of, weights
 from apprentice.recorder import Recorder, Row, State
 from apprentice.rewards import kl_penalty, length_slope, place_total
 from apprentice.sampling import Request, Rollout, sample
@@ -28,7 +27,6 @@ from apprentice.sections import PPOConfig
 from apprentice.sharding import gathered
 from apprentice.tokens import Batch
 
-Loss = tuple[Tensor, Mapping[str, Tensor]]  # with its figures
 LEARNT = ("policy_loss", "approx_kl", "clip_fraction", "value_loss", "entropy", "grad_norm")  # of a row, from the updates
 
 
@@ -216,37 +214,30 @@ class PPO:
         return {name: sum(step[name] for step in steps) / len(steps) if steps else None for name in LEARNT}
 
     def _gather(self, experience: Experience, rows: list[int]) -> dict[str, float]:
-        """Gather the gradients of a minibatch, on the policy and then on the critic, micro-batch by micro-batch; returns its
-        metrics."""
+        """Gather the gradients of a minibatch, on the policy and then on a critic of its own, micro-batch by micro-batch;
+        returns its metrics."""
         count, micro_batches = float(experience.mask[rows].sum()), self._micro_batches(experience.batch, rows)
-        if self.critic.shared:
-            return self.compute.gather(micro_batches, partial(self._shared_loss, experience, count))
-        figures = self.compute.gather(micro_batches, partial(self._policy_loss, experience, count))
-        return figures | self.compute.gather(micro_batches, partial(self._critic_loss, experience, count))
+        figures = self.compute.gather(micro_batches, lambda micro: self._policy_loss(experience.rows(micro), count))
+        if not self.critic.shared:
+            figures |= self.compute.gather(micro_batches, lambda micro: self._critic_loss(experience.rows(micro), count))
+        return figures
 
-    def _policy_loss(self, experience: Experience, count: float, micro: list[int]) -> Loss:
-        part = experience.rows(micro)
-        scores = response_scores(self.policy, part.batch, self.compute, self.config.temperature, entropy=True)
-        return self._loss_of(scores, part, count)
-
-    def _critic_loss(self, experience: Experience, count: float, micro: list[int]) -> Loss:
-        part = experience.rows(micro)
-        return self._value_loss(self.critic(part.batch, self.compute), part, count)
-
-    def _shared_loss(self, experience: Experience, count: float, micro: list[int]) -> Loss:
-        part = experience.rows(micro)
-        scores = response_scores(self.policy, part.batch, self.compute, self.config.temperature, entropy=True, hidden=True)
-        assert scores.hidden is not None
-        loss, policy = self._loss_of(scores, part, count)
-        of_values, critic = self._value_loss(self.critic.read(scores.hidden, scores.layout, part.batch), part, count)
-        return loss + self.config.value_coef * of_values, {**policy, **critic}
-
-    def _loss_of(self, scores: ResponseScores, part: Experience, count: float) -> Loss:
-        loss, figures = clipped_policy_loss(
-            scores.logps, part.old_logps, part.advantages, part.mask, self.config.clip_range, count
+    def _policy_loss(self, part: Experience, count: float) -> Loss:
+        """Of a micro-batch; with a shared critic, which reads what the same pass ends with, the value loss too."""
+        config = self.config
+        scores = response_scores(
+            self.policy, part.batch, self.compute, config.temperature, entropy=True, hidden=self.critic.shared
         )
+        loss, figures = clipped_policy_loss(scores.logps, part.old_logps, part.advantages, part.mask, config.clip_range, count)
         assert scores.entropy is not None
-        return loss, {**figures, "entropy": masked_mean(scores.entropy, part.mask, count)}
+        figures["entropy"] = masked_mean(scores.entropy, part.mask, count)
+        if scores.hidden is not None:
+            of_values, critic = self._value_loss(self.critic.read(scores.hidden, scores.layout, part.batch), part, count)
+            loss, figures = loss + config.value_coef * of_values, figures | critic
+        return loss, figures
+
+    def _critic_loss(self, part: Experience, count: float) -> Loss:
+        return self._value_loss(self.critic(part.batch, self.compute), part, count)
 
     def _value_loss(self, values: Tensor, part: Experience, count: float) -> Loss:
         return value_loss(values, part.old_values, part.returns, part.mask, self.config.value_clip_range, count)

@@ -1,6 +1,5 @@
 """Preference optimisation on pairs against a frozen reference (RSO, 2309.06657; DPO, SLiC and IPO as losses)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
 from apprentice.epochs import Figures, train_epochs
-from apprentice.losses import preference_loss
+from apprentice.losses import Loss, preference_loss
 from apprentice.masking import masked_sum
 from apprentice.policy import response_scores, score
 from apprentice.recorder import Recorder
@@ -61,7 +60,7 @@ def preference_step(
     """Gather the gradient of the mean loss over the pairs in `rows`, micro-batch by micro-batch; returns its metrics."""
     chosen, rejected = pairs.chosen.lengths(), pairs.rejected.lengths()
 
-    def one(group: list[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def one(group: list[int]) -> Loss:
         index = torch.tensor([rows[i] for i in group])
         return preference_loss(
             _summed_logps(policy, pairs.chosen.rows(index), compute),

@@ -4,7 +4,7 @@ The loss is token-weighted over the response, its one end token included, and do
 micro-batches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
 from apprentice.epochs import EpochEnd, Figures, train_epochs
-from apprentice.losses import weighted_next_token_loss
+from apprentice.losses import Loss, weighted_next_token_loss
 from apprentice.masking import check_shape
 from apprentice.policy import response_scores, score
 from apprentice.recorder import Recorder
@@ -92,7 +92,7 @@ def train_step(model: PreTrainedModel, batch: Batch, compute: Compute, weights: 
     weights = batch.mask if weights is None else weights[:, : batch.mask.size(1)] * batch.mask
     count = float(weights.sum())
 
-    def one(rows: list[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def one(rows: list[int]) -> Loss:
         part = batch.rows(rows)
         logps = response_scores(model, part, compute).logps
         return weighted_next_token_loss(logps, part.mask, weights[rows, : logps.size(1)], count)

@@ -132,23 +132,30 @@ def effect_cell(claim: Claim, one: Mapping[str, Any]) -> str:
     """An effect with its interval for readers, e.g. `+12.1 [+8.0, +16.2], 5 seeds`."""
     if one["effect"] is None:
         return ""
-    share = all(map(is_share, claim.metric))
+    units = set(map(unit_of, claim.metric))
+    share, unit = units == {"%"}, f" {units.pop()}".rstrip() if len(units) == 1 else ""
 
     def number(value: float) -> str:
         text = f"{100 * value:+.1f}" if share else f"{value:+.3f}"
         return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
     ends = "" if one["low"] is None else f" [{number(one['low'])}, {number(one['high'])}]"
-    in_nats = not share and not any(metric.endswith("prompt_gap") for metric in claim.metric)  # of scores: in their unit
-    unit, count = " nats" if in_nats else "", len(one["seeds"])
-    return f"{number(one['effect'])}{ends}{unit}, {count} seed{'s' * (count != 1)}"
+    count = len(one["seeds"])
+    return f"{number(one['effect'])}{ends}{'' if share else unit}, {count} seed{'s' * (count != 1)}"
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric, `%` for a share: of an evaluation by METRICS, of a stage's own by its name."""
+    if "/" in metric:
+        return metric_of(metric).unit
+    if metric.startswith("accuracy_at_") or metric.endswith(("accuracy", "_rate", "_error", "gate", "_share", "_advantage")):
+        return "%"
+    return "" if metric.endswith("prompt_gap") else "nats"  # a gap of rewards has the unit of the scores they learnt
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is a share: of an evaluation by METRICS, of a stage's own by its name."""
-    if "/" in metric:
-        return metric_of(metric).unit == "%"
-    return metric.startswith("accuracy_at_") or metric.endswith(("accuracy", "_rate", "_error", "gate", "_share", "_advantage"))
+    """Whether a metric is a share."""
+    return unit_of(metric) == "%"
 
 
 def _verdict_cell(one: Mapping[str, Any]) -> str:

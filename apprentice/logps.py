@@ -19,8 +19,15 @@ def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
     On the way back what a model computed as logits is overwritten by its gradient: nothing may read it after that. PyTorch
     raises RuntimeError where another gradient needs it.
     """
-    found: Tensor = _TokenLogps.apply(logits.flatten(0, -2), ids.flatten()[:, None], logits.is_leaf)  # type: ignore[no-untyped-call]
+    rows, columns = logits.flatten(0, -2), ids.flatten()[:, None]
+    if not logits.requires_grad:
+        return (rows.gather(-1, columns).squeeze(-1).float() - _normaliser(rows)).view(ids.shape)
+    found: Tensor = _TokenLogps.apply(rows, columns, logits.is_leaf)  # type: ignore[no-untyped-call]
     return found.view(ids.shape)
+
+
+def _normaliser(logits: Tensor) -> Tensor:
+    return by_rows(lambda rows: rows.float().logsumexp(-1), logits)
 
 
 @torch.no_grad()
@@ -50,7 +57,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, leaf: bool) -> Tensor:
-        normaliser = by_rows(lambda rows: rows.float().logsumexp(-1), logits)
+        normaliser = _normaliser(logits)
         ctx.save_for_backward(logits, ids, normaliser)
         ctx.leaf = leaf
         return logits.gather(-1, ids).squeeze(-1).float() - normaliser

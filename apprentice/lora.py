@@ -167,6 +167,11 @@ class Role(nn.Module):
         return self.trunk.model.config
 
     @property
+    def whole(self) -> PreTrainedModel:
+        """The model that this role is an adapter of."""
+        return self.trunk.model
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         device: torch.device = self.trunk.model.device

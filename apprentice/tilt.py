@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from apprentice.compute import CPU, Compute
@@ -17,18 +17,6 @@ from apprentice.demonstrations import atomic_write
 from apprentice.policy import freeze, load_policy
 
 FILE = "tilt.json"  # in a model folder: the two models, relative to it, and the weight
-
-
-class TiltCache:
-    """The key-value caches of both models, as the sampler handles one."""
-
-    def __init__(self, target: Any, baseline: Any) -> None:
-        self.target, self.baseline = target, baseline
-
-    def batch_select_indices(self, index: Tensor) -> None:
-        """Keep some rows."""
-        self.target.batch_select_indices(index)
-        self.baseline.batch_select_indices(index)
 
 
 class Tilt(nn.Module):
@@ -40,16 +28,15 @@ class Tilt(nn.Module):
         self.config = target.config
         self.eval()
 
-    def new_cache(self, make: Any) -> TiltCache:
+    def new_cache(self, make: Any) -> tuple[Any, Any]:
         """One cache for each model; `make` makes that of a model."""
-        return TiltCache(make(self.target), make(self.baseline))
+        return make(self.target), make(self.baseline)
 
-    def forward(self, past_key_values: TiltCache | None = None, **inputs: Any) -> SimpleNamespace:
+    def forward(self, past_key_values: tuple[Any, Any] = (None, None), **inputs: Any) -> SimpleNamespace:
         """The arguments of a causal language model; returns an object with `logits` [B, L, V]."""
-        caches = (past_key_values.target, past_key_values.baseline) if past_key_values else (None, None)
         target, baseline = (
             model(**inputs, past_key_values=cache).logits.float().log_softmax(-1)
-            for model, cache in zip((self.target, self.baseline), caches, strict=True)
+            for model, cache in zip((self.target, self.baseline), past_key_values, strict=True)
         )
         return SimpleNamespace(logits=(1 + self.weight) * target - self.weight * baseline)
 

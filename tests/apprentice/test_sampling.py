@@ -10,8 +10,9 @@ from scipy.stats import chisquare, kstest
 from transformers import LlamaForCausalLM
 
 from apprentice.compute import CPU, Compute
+from apprentice.decoding import draw, uniforms
 from apprentice.policy import score
-from apprentice.sampling import Request, Rollout, draw, row_key, sample, uniforms
+from apprentice.sampling import Request, Rollout, row_key, sample
 from tests.apprentice.toys import END, LIMIT, SMALL, VOCAB, enumerate_responses, enumerated, markov, naive_logps, tiny_llama
 
 PROMPTS = [[0, 5, 7], [1], [2, 2, 2, 4, 9], [0, 5, 7], [8, 1]]

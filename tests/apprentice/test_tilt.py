@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from apprentice.compute import CPU, Compute
+from apprentice.decoding import uniforms
 from apprentice.policy import response_scores, save_policy, score
-from apprentice.sampling import Request, Rollout, row_key, sample, uniforms
+from apprentice.sampling import Request, Rollout, row_key, sample
 from apprentice.tilt import FILE, Tilt, load_tilt, read_tilt, write_tilt
 from apprentice.tokens import train_word_tokenizer
 from tests.apprentice.toys import END, SMALL, demonstrations, enumerated, hash_of, markov, tilt, tiny_llama, total_variation
@@ -136,9 +137,8 @@ def test_both_caches_hold_the_rows_that_are_left() -> None:
 
     def watch(name: str) -> Any:
         def hook(_: Any, __: Any, given: dict[str, Any]) -> None:
-            cache = given["past_key_values"]
-            held = cache.layers[0].keys
-            seen[name].append((*given["input_ids"].shape, len(held) if held is not None and held.numel() else 0))
+            layers = given["past_key_values"].layers
+            seen[name].append((*given["input_ids"].shape, len(layers[0].keys) if layers else 0))
 
         return hook
 

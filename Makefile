@@ -54,7 +54,7 @@ fuzz: setup   ## broken bytes through the readers of `ingest`, each for SECONDS:
 bench: setup  ## speed side by side with peers, into benchmarks/results.json: make bench ONLY=ppo RUNS=3
 	@PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(RUNS),--runs $(RUNS))
 
-bench-gpu: setup  ## what one CUDA device reaches at the shapes of a 0.5B and a 7B model, into benchmarks/gpu.json
+bench-gpu: setup  ## what one CUDA device reaches at the shapes of a 0.5B and a 7B model, TRL beside it where it is installed
 	@$(BIN)/python -m benchmarks.gpu
 
 check: setup  ## ruff and mypy; edits nothing

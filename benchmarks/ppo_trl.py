@@ -60,7 +60,7 @@ class ValueModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = copy.deepcopy(model.base_model)
-        self.score = nn.Linear(model.config.hidden_size, 1)
+        self.score = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
@@ -80,29 +80,31 @@ def trainer_of_trl(work: Workload, given: Material, seed: str, rate: float = RAT
     rows = [[pad] * (width - len(given.prompts[i])) + given.prompts[i] for i in chosen]
     sft = given.plain_model("sft")
     trainer = PPOTrainer(
-        args=_trl_arguments(work, int(seed), rate),
+        args=trl_arguments(work, int(seed), rate),
         processing_class=tokenizer,
         model=sft,
         ref_model=given.plain_model("sft"),
         reward_model=LogRatio(given.plain_model("sft"), given.plain_model("base"), width),
         value_model=ValueModel(sft),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        data_collator=_collate,
+        data_collator=collated,
     )
     trainer.dataloader = trainer.accelerator.prepare(
-        DataLoader(trainer.train_dataset, batch_size=work.batch, collate_fn=_collate)
+        DataLoader(trainer.train_dataset, batch_size=work.batch, collate_fn=collated)
     )
     return trainer
 
 
-def _collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+def collated(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Prompts of one length as TRL's loop takes them."""
     return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
 
 
-def _trl_arguments(work: Workload, seed: int, rate: float) -> Any:
+def trl_arguments(work: Workload, seed: int, rate: float = RATE, **changes: Any) -> Any:
+    """Our settings by TRL's names, on a CPU in float32; `changes`: what another device asks for."""
     from trl.experimental.ppo import PPOConfig
 
-    return PPOConfig(
+    settings: dict[str, Any] = dict(
         output_dir=str(MADE / "trl"),
         use_cpu=True,
         bf16=False,
@@ -134,6 +136,7 @@ def _trl_arguments(work: Workload, seed: int, rate: float) -> Any:
         gamma=1.0,
         lam=LAMBDA,
     )
+    return PPOConfig(**(settings | changes))
 
 
 def trl(workload: str, collect: bool = True) -> Prepare:

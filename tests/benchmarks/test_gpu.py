@@ -4,37 +4,112 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_ours
+from benchmarks.gpu_shapes import SHAPES
 
 PARAMETERS = 64 * 16 + 2 * (2 * (16 * 16) + 2 * 16 * 8 + 16 + 2 * 8 + 3 * 16 * 32 + 2 * 16) + 16  # tied; q, k, v with biases
 READ, DRAWN = 4 * (6 + 5), 4 * 5  # tokens of the rows, and of their responses
+
+
+def tried(tmp_path: Path, *shapes: str) -> dict[str, Any]:
+    """What the program writes of the shapes, measured once on a CPU."""
+    out = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--shapes", *shapes, "--runs", "1", "--out", str(out)])
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def timed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run takes 2 seconds, on a device of 1e9 FLOP a second."""
+    monkeypatch.setattr(gpu, "seconds", lambda work, device: (work(), 2.0)[1])
+    monkeypatch.setattr(gpu, "products", lambda device: 1e9)
+
+
+def check_counts(found: dict[str, Any], train: int, trained: int) -> None:
+    """`train`: FLOP a parameter and trained token; `trained`: models that an update of PPO trains."""
+    flop = {
+        "sft": train * READ,
+        "scoring": 2 * READ,
+        "rollouts": 2 * READ,
+        "ppo": (2 + 2 * 4 + 2 * train * trained) * READ,  # rollout; four models score; two epochs
+    }
+    assert found.keys() == flop.keys()
+    for name, tokens in (("sft", READ), ("scoring", READ), ("rollouts", DRAWN), ("ppo", DRAWN)):
+        assert found[name]["seconds"] == 2
+        assert found[name]["tokens_per_second"] == tokens / 2
+        assert found[name]["share_of_products"] == pytest.approx(flop[name] * PARAMETERS / 2 / 1e9)
 
 
 @pytest.mark.parametrize(("shape", "train"), [("tiny", 6), ("tiny_adapters", 4)])
 def test_work_is_counted_as_by_hand(
     shape: str, train: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "seconds", lambda work, device: (work(), 2.0)[1])
-    monkeypatch.setattr(gpu, "products", lambda device: 1e9)
-    out = tmp_path / "gpu.json"
-    gpu.main(["--device", "cpu", "--shapes", shape, "--runs", "1", "--out", str(out)])
-    found = json.loads(out.read_text())
+    timed_by_hand(monkeypatch)
+    found = tried(tmp_path, shape)
     assert found["machine"]["torch"] == torch.__version__
-    flop = {
-        "sft": train * READ,
-        "scoring": 2 * READ,
-        "rollouts": 2 * READ,
-        "ppo": (2 + 2 * 4 + 2 * train) * READ,  # rollout; both scorers, policy and critic; two epochs
-    }
-    assert found[shape].keys() == flop.keys()
-    for name, tokens in (("sft", READ), ("scoring", READ), ("rollouts", DRAWN), ("ppo", DRAWN)):
-        assert found[shape][name]["tokens_per_second"] == tokens / 2
-        assert found[shape][name]["share_of_products"] == pytest.approx(flop[name] * PARAMETERS / 2 / 1e9)
+    check_counts(found[shape]["ours"], train, trained=1)
     assert "share_of_products" in capsys.readouterr().out
+
+
+def test_without_trl_a_line_says_so_and_ours_alone_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "TRL", "0.0.1")  # which nobody has
+    assert tried(tmp_path, "tiny")["tiny"].keys() == {"ours"}
+    said = [line for line in capsys.readouterr().out.splitlines() if "TRL" in line]
+    assert len(said) == 1 and "pip install trl==0.0.1" in said[0] and "PYTHONPATH" in said[0]
+
+
+def test_trl_does_the_same_kinds_of_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One optimiser step an epoch, in mixed precision, and the same counts but for a critic that is a model of its own."""
+    PPOTrainer = pytest.importorskip("trl.experimental.ppo").PPOTrainer
+    steps: list[object] = []
+    updates: list[tuple[str, int]] = []
+    step, train = torch.optim.AdamW.step, PPOTrainer.train
+
+    def update(trainer: Any) -> None:
+        steps.clear()
+        train(trainer)
+        updates.append((trainer.accelerator.mixed_precision, len(steps)))
+
+    monkeypatch.setattr(PPOTrainer, "train", update)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *given: (steps.append(self), step(self, *given))[1])
+    timed_by_hand(monkeypatch)
+    found = tried(tmp_path, "tiny", "tiny_adapters")
+    for shape, flop in (("tiny", 6), ("tiny_adapters", 4)):
+        check_counts(found[shape]["trl"], flop, trained=2)
+        assert found[shape]["ratio"] == dict.fromkeys(found[shape]["ours"], 1.0)
+    assert updates == [("bf16", 2)] * 4  # of each shape one that is not counted, and one
+
+
+def test_the_ratio_is_of_what_both_sides_measured() -> None:
+    ours = {"sft": {"seconds": 2.0}, "ppo": {"seconds": 1.0}, "scoring": {"failed": "out of memory"}}
+    trl = {"sft": {"seconds": 3.0}, "ppo": {"failed": "out of memory"}, "scoring": {"seconds": 1.0}}
+    assert gpu.ratio(ours, trl) == {"sft": 1.5}
+
+
+def test_what_finds_no_memory_loses_only_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_ours, "score", full)
+    cpu, shape = torch.device("cpu"), SHAPES["tiny"]
+    found = gpu.measured(gpu_ours.works(shape, cpu), shape, cpu, 1e9, 1)
+    assert found["scoring"] == {"failed": "out of memory"}
+    assert all("seconds" in found[name] for name in ("sft", "rollouts", "ppo"))
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_runs_end_when_they_took_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([99.0, 4.0, 1.0, 9.0, 2.0])  # the first is not counted
+    monkeypatch.setattr(gpu, "seconds", lambda *_: next(taken))
+    work = gpu_ours.works(SHAPES["tiny"], torch.device("cpu"))["scoring"]
+    assert gpu.timed(work, torch.device("cpu"), 9) == (4.0, 0.0)  # the median of three, 14 seconds in all
 
 
 def test_it_needs_torch_and_transformers_alone() -> None:
@@ -42,7 +117,7 @@ def test_it_needs_torch_and_transformers_alone() -> None:
     code = "import sys, yaml\nfrom transformers import AutoTokenizer, Qwen2ForCausalLM\n"
     code += "before = {name.partition('.')[0] for name in sys.modules}\nimport benchmarks.gpu\n"
     code += "print(*sorted({name.partition('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=gpu.PARAMS.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu_ours.PARAMS.parent, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["apprentice", "benchmarks"]
 
 
@@ -55,4 +130,4 @@ def test_without_a_device_it_says_so() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_device_it_measures_memory_too(tmp_path: Path) -> None:
     gpu.main(["--shapes", "tiny", "--runs", "1", "--out", str(tmp_path / "gpu.json")])
-    assert json.loads((tmp_path / "gpu.json").read_text())["tiny"]["ppo"]["peak_gib"] > 0
+    assert json.loads((tmp_path / "gpu.json").read_text())["tiny"]["ours"]["ppo"]["peak_gib"] > 0

@@ -1,13 +1,17 @@
-"""How the layers of a model compute: by which products and attention, activations kept or computed again, packed or not."""
+"""How the layers of a model compute: by which products and attention, activations kept or computed again, packed or not, and
+in which type their weights stand."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from apprentice.compute import Compute
 from apprentice.gradients import add_rows_in_place
@@ -29,6 +33,39 @@ def set_layers(model: Model, compute: Compute) -> Model:
     if compute.packing:
         _check_apart(model, compute)
     return model
+
+
+def hold_as_cast(model: Model, compute: Compute, lossless: bool = False) -> Model:
+    """Have the linear layers of a frozen model hold their weights as mixed precision casts them for each product: the same
+    numbers from half the memory. lossless: so that `float` brings the model back, thus only weights that the cast changes
+    nothing of, and none that is an embedding too."""
+    for module, name, weight in _to_cast(model, compute):
+        cast = weight.detach().to(compute.dtype)
+        if not lossless or (torch.equal(cast.float(), weight) and weight is not model.get_input_embeddings().weight):
+            setattr(module, name, nn.Parameter(cast, requires_grad=False))
+    return model
+
+
+@contextmanager
+def weights_as_cast(model: Any, compute: Compute) -> Iterator[None]:
+    """The same of any model, inside: cast once, whatever number of products it is asked for."""
+    kept = _to_cast(getattr(model, "whole", model), compute)  # of an adapter, the model it stands on
+    try:
+        for module, name, weight in kept:
+            setattr(module, name, nn.Parameter(weight.detach().to(compute.dtype), requires_grad=False))
+        yield
+    finally:
+        for module, name, weight in kept:
+            setattr(module, name, weight)
+
+
+def _to_cast(model: nn.Module, compute: Compute) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Weights and biases of the linear layers that autocast casts; sharded ones are cast by who puts them together."""
+    if compute.dtype == torch.float32 or compute.sharding:
+        return []
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    found = [(module, name, weight) for module in layers for name, weight in module.named_parameters(recurse=False)]
+    return [one for one in found if one[2].dtype == torch.float32]
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> None:

@@ -21,13 +21,13 @@ def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
     """
     rows, columns = logits.flatten(0, -2), ids.flatten()[:, None]
     if not logits.requires_grad:
-        return (rows.gather(-1, columns).squeeze(-1).float() - _normaliser(rows)).view(ids.shape)
+        return by_rows(_gathered, rows, columns).view(ids.shape)
     found: Tensor = _TokenLogps.apply(rows, columns, logits.is_leaf)  # type: ignore[no-untyped-call]
     return found.view(ids.shape)
 
 
-def _normaliser(logits: Tensor) -> Tensor:
-    return by_rows(lambda rows: rows.float().logsumexp(-1), logits)
+def _gathered(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.float32).gather(-1, ids).squeeze(-1)
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution in nats: logits [..., V] to [...]."""
 
     def entropy(rows: Tensor) -> Tensor:
-        logps = rows.float().log_softmax(-1)
+        logps = rows.log_softmax(-1, dtype=torch.float32)
         return -(logps.exp() * logps).sum(-1)
 
     return by_rows(entropy, logits.flatten(0, -2)).view(logits.shape[:-1])
@@ -57,10 +57,10 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, leaf: bool) -> Tensor:
-        normaliser = _normaliser(logits)
-        ctx.save_for_backward(logits, ids, normaliser)
+        logps = by_rows(_gathered, logits, ids)
+        ctx.save_for_backward(logits, ids, logits.gather(-1, ids).squeeze(-1) - logps)
         ctx.leaf = leaf
-        return logits.gather(-1, ids).squeeze(-1).float() - normaliser
+        return logps
 
     @staticmethod
     @once_differentiable
@@ -68,7 +68,7 @@ class _TokenLogps(torch.autograd.Function):
         logits, ids, normaliser = ctx.saved_tensors
         found = torch.empty_like(logits) if ctx.leaf else logits
         for rows, token, shift, above, out in _some(logits, ids, normaliser[:, None], grad[:, None], found):
-            part = torch.sub(rows, shift, out=out) if out.dtype == shift.dtype else rows.float() - shift
+            part = torch.sub(rows, shift, out=out if out.dtype == shift.dtype else None)
             part.exp_().mul_(-above)
             part.scatter_(-1, token, part.gather(-1, token) + above)
             if part is not out:

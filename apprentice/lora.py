@@ -134,6 +134,7 @@ class Trunk:
         """The plain model that an adapter makes; the trunk is used up, so that no copy of it is needed."""
         self.activate(name)
         self.merged = True
+        self.model.float()
         model: PreTrainedModel = self._peft.merge_and_unload(adapter_names=[name])
         return model
 
@@ -194,7 +195,7 @@ class Role(nn.Module):
 
     def get_memory_footprint(self) -> int:
         """Bytes of the model that `save_pretrained` writes."""
-        return sum(parameter.nbytes for parameter in self.trunk.model.parameters())
+        return sum(4 * parameter.numel() for parameter in self.trunk.model.parameters())
 
     @property
     def settings(self) -> dict[str, Any]:

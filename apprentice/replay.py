@@ -4,8 +4,7 @@ Both do what the step itself does, to the bit, and spare what Python does betwee
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from apprentice.compute import Compute
 from apprentice.decoding import Draws, Rows, advance
@@ -22,27 +20,6 @@ from apprentice.logps import ROOM
 
 TRACED = ("gemma2", "gemma3_text", "gpt2", "llama", "qwen2")  # types of models, tested; experts would not do
 UNTRACED_STEPS = 32  # of a model, before it is worth a trace
-
-
-@contextmanager
-def weights_as_cast(model: Any, compute: Compute) -> Iterator[None]:
-    """Inside, linear layers have their weights as mixed precision casts them for each product: cast once, the same numbers."""
-    kept: list[tuple[nn.Module, str, Tensor]] = []
-    whole = getattr(model, "whole", model)  # of an adapter, the model it stands on
-    if compute.dtype != torch.float32 and not compute.sharding:
-        kept = [
-            (module, name, parameter)
-            for module in whole.modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-            for name, parameter in module.named_parameters(recurse=False)
-        ]
-    try:
-        for module, name, parameter in kept:
-            setattr(module, name, nn.Parameter(parameter.detach().to(compute.dtype), requires_grad=False))
-        yield
-    finally:
-        for module, name, parameter in kept:
-            setattr(module, name, parameter)
 
 
 def stepping(model: Any, rows: Rows, draws: Draws, compute: Compute) -> Callable[[], None]:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import CPU, Compute
 from apprentice.decoding import Draws, Rows, prefill, record
-from apprentice.replay import stepping, weights_as_cast
+from apprentice.layers import weights_as_cast
+from apprentice.replay import stepping
 from apprentice.sharding import gathered
 from apprentice.tokens import Batch, collate
 

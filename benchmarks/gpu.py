@@ -21,15 +21,16 @@ from typing import Any
 import torch
 import transformers
 
+from apprentice.compute import Compute
 from benchmarks import gpu_ours
 from benchmarks.gpu_shapes import SHAPES, Shape, Work, parameters
 from benchmarks.peer_environment import PPO as TRL
 
 FILE = Path(__file__).with_name("gpu.json")
 SIDE = 8192  # of the square matrices by which the device is measured
-ENOUGH = 10.0  # seconds of runs that are counted, after which none is begun
+ENOUGH = 10.0  # seconds of runs, after which none is begun
 Figures = dict[str, dict[str, Any]]  # of each kind of work
-Side = Callable[[Shape, torch.device], dict[str, Work]]
+Side = Callable[[Shape, Compute], dict[str, Work]]
 
 
 def main(words: list[str] | None = None) -> None:
@@ -41,15 +42,15 @@ def main(words: list[str] | None = None) -> None:
     asked = parser.parse_args(words)
     if asked.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: no CUDA device here; --device cpu --shapes tiny tries the program itself")
-    device, there = torch.device(asked.device), sides()
-    torch.backends.cuda.matmul.allow_tf32 = True  # what either side does in float32
+    compute, there = gpu_ours.computing(asked.device), sides()
+    device = compute.device
     found: dict[str, Any] = {"machine": machine(device), "flop_per_second": products(device)}
     for name in asked.shapes:
         found[name] = {}
         for side, works in there.items():
             print(f"{name}, {side}", flush=True)
             found[name][side] = measured(
-                works(SHAPES[name], device), SHAPES[name], device, found["flop_per_second"], asked.runs
+                works(SHAPES[name], compute), SHAPES[name], device, found["flop_per_second"], asked.runs
             )
             asked.out.write_text(json.dumps(found, indent=1) + "\n")
         if "trl" in there:
@@ -121,12 +122,12 @@ def measured(works: dict[str, Work], shape: Shape, device: torch.device, limit: 
 
 
 def timed(work: Work, device: torch.device, runs: int) -> tuple[float, float]:
-    """Median seconds of at most `runs` runs, and peak memory in GiB."""
+    """Median seconds of at most `runs` runs, and peak memory in GiB. The first counts only where it is a long one."""
     run = work.prepare()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds(run, device)
-    taken: list[float] = []
+    first = seconds(run, device)
+    taken = [first] if first >= ENOUGH else []
     while len(taken) < runs and sum(taken) < ENOUGH:
         taken.append(seconds(run, device))
     return median(taken), torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0

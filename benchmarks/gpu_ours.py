@@ -1,4 +1,4 @@
-"""Our side of the benchmark of one device: float32 weights, computed with in bfloat16.
+"""Our side of the benchmark of one device: weights to train are float32, computing is in bfloat16 and deterministic.
 
 Fine-tuning (forward and backward), scoring, rollouts that end at no token, and an update of Self-Rewarding PPO from rollout to
 step, its critic a head on the policy. The three models of an update stand on one trunk where the shape has adapters.
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import yaml
 
-from apprentice.compute import Compute
-from apprentice.config import parse
+from apprentice.compute import Compute, set_up
+from apprentice.config import Params, parse
+from apprentice.layers import hold_as_cast
 from apprentice.policy import freeze, score
 from apprentice.ppo import Prompts
 from apprentice.recorder import Recorder
@@ -29,9 +30,19 @@ PARAMS = Path(__file__).parents[1] / "params.yaml"
 EPOCHS = 2
 
 
-def works(shape: Shape, device: torch.device) -> dict[str, Work]:
+def computing(device: str) -> Compute:
+    """As stages compute, deterministic algorithms included."""
+    return set_up(replace(_params().compute, device=device, dtype="bfloat16", threads=1))
+
+
+def _params() -> Params:
+    return parse(yaml.safe_load(PARAMS.read_text(encoding="utf-8")))
+
+
+def works(shape: Shape, compute: Compute) -> dict[str, Work]:
     """The four kinds of work."""
-    compute = Compute(device, torch.bfloat16, forward_tokens=16_384, cache_tokens=65_536)
+    torch.use_deterministic_algorithms(True)
+    compute = replace(compute, forward_tokens=shape.forward_tokens)
     read, train = shape.read, shape.train * shape.read
     scored = 2 * 4 * read  # both frozen models, the policy and the critic
     return {
@@ -53,7 +64,7 @@ def _sft(shape: Shape, compute: Compute) -> Callable[[], object]:
 
 
 def _scoring(shape: Shape, compute: Compute) -> Callable[[], object]:
-    return partial(score, freeze(build(shape, compute.device)), _batch(shape, compute), compute)
+    return partial(score, hold_as_cast(freeze(build(shape, compute.device)), compute), _batch(shape, compute), compute)
 
 
 def _rollouts(shape: Shape, compute: Compute) -> Callable[[], object]:
@@ -63,11 +74,10 @@ def _rollouts(shape: Shape, compute: Compute) -> Callable[[], object]:
 
 def _ppo(shape: Shape, compute: Compute) -> Callable[[], object]:
     drawn: dict[str, Any] = {"batch_size": shape.rows, "minibatch_size": shape.rows, "max_new_tokens": shape.response}
-    params = parse(yaml.safe_load(PARAMS.read_text(encoding="utf-8")))
-    update = replace(params.srppo, **drawn, epochs=EPOCHS, kl_stop=None, critic="shared")
+    update = replace(_params().srppo, **drawn, epochs=EPOCHS, kl_stop=None, critic="shared")
     policy, keys = _policy(shape, compute), [str(row) for row in range(shape.rows)]
     pool = Prompts(_prompts(shape), keys, -1, torch.zeros(shape.entries["vocab_size"]).long(), ("all",))
-    ppo = SelfRewardingPPO(policy, _frozen(shape, policy), pool, update, seed="0", compute=compute)
+    ppo = SelfRewardingPPO(policy, _frozen(shape, policy, compute), pool, update, seed="0", compute=compute)
 
     def one_update() -> object:
         ppo.config = replace(update, iterations=ppo.iteration + 1)
@@ -82,13 +92,14 @@ def _policy(shape: Shape, compute: Compute) -> Any:
         return model
     from apprentice.lora import Trunk
 
-    return Trunk(model, LoRAConfig(rank=16, alpha=32, targets="all-linear"), seed="0", origin={}).train()
+    trunk = hold_as_cast(model, compute)
+    return Trunk(trunk, LoRAConfig(rank=16, alpha=32, targets="all-linear"), seed="0", origin={}).train()
 
 
-def _frozen(shape: Shape, policy: Any) -> dict[str, Any]:
+def _frozen(shape: Shape, policy: Any, compute: Compute) -> dict[str, Any]:
     if shape.adapters:
         return {"sft": freeze(policy.trunk.train()), "base": policy.trunk.role()}
-    return {name: freeze(build(shape, policy.device)) for name in ("sft", "base")}
+    return {name: hold_as_cast(freeze(build(shape, policy.device)), compute) for name in ("sft", "base")}
 
 
 def _prompts(shape: Shape) -> list[list[int]]:

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 @dataclass(frozen=True)
 class Shape:
     """Entries of a Qwen2 configuration, and how much one measurement takes: rows of `prompt` and `response` tokens.
-    adapters: what is trained is adapters of rank 16 on every linear layer."""
+    forward_tokens: of ours in one pass, as in the presets. adapters: what is trained is adapters of rank 16 on every linear
+    layer."""
 
     entries: dict[str, Any]
     rows: int
     prompt: int
     response: int
+    forward_tokens: int
     adapters: bool = False
 
     @property
@@ -56,10 +58,10 @@ def qwen2(hidden: int, inner: int, layers: int, heads: int, key_heads: int, word
 
 TINY = qwen2(16, 32, 2, 2, 1, 64, True)
 SHAPES = {
-    "0.5b": Shape(qwen2(896, 4864, 24, 14, 2, 151_936, True), rows=64, prompt=128, response=256),
-    "7b": Shape(qwen2(3584, 18_944, 28, 28, 4, 152_064, False), rows=64, prompt=128, response=256, adapters=True),
-    "tiny": Shape(TINY, rows=4, prompt=6, response=5),
-    "tiny_adapters": Shape(TINY, rows=4, prompt=6, response=5, adapters=True),
+    "0.5b": Shape(qwen2(896, 4864, 24, 14, 2, 151_936, True), 64, 128, 256, 8192),
+    "7b": Shape(qwen2(3584, 18_944, 28, 28, 4, 152_064, False), 32, 128, 128, 4096, adapters=True),
+    "tiny": Shape(TINY, 4, 6, 5, 44),
+    "tiny_adapters": Shape(TINY, 4, 6, 5, 44, adapters=True),
 }
 
 

@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo.ppo_trainer import batch_generation, forward, selective_log_softmax
 
+from apprentice.compute import Compute
 from apprentice.policy import freeze
 from benchmarks.gpu_shapes import Shape, Work, build, texts
 from benchmarks.ppo import EPOCHS, Workload
@@ -30,8 +31,10 @@ from benchmarks.ppo_trl import LogRatio, ValueModel, collated, trl_arguments
 from benchmarks.shapes import MADE
 
 
-def works(shape: Shape, device: torch.device) -> dict[str, Work]:
-    """The same kinds of work as ours."""
+def works(shape: Shape, compute: Compute) -> dict[str, Work]:
+    """The same kinds of work as ours, by whatever algorithms are fastest."""
+    torch.use_deterministic_algorithms(False)
+    device = compute.device
     read, train = shape.read, shape.train * shape.read
     scored = 2 * 4 * read  # the reference, both models of the reward, and the critic
     return {

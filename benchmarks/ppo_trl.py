@@ -75,7 +75,8 @@ def trainer_of_trl(work: Workload, given: Material, seed: str, rate: float = RAT
     tokenizer = copy.deepcopy(given.tokenizer)
     if work.forced:  # ids outside the models' vocabulary: neither can be drawn
         tokenizer.add_special_tokens({"pad_token": "<no pad>", "eos_token": "<no end>"})
-    chosen = [row for rows in order(work, len(given.prompts), seed) for row in rows]
+    batches = order(work, len(given.prompts), seed)
+    chosen = [row for rows in [*batches, batches[0]] for row in rows]  # after the last batch accelerate accumulates no more
     pad, width = tokenizer.pad_token_id, max(map(len, given.prompts))
     rows = [[pad] * (width - len(given.prompts[i])) + given.prompts[i] for i in chosen]
     sft = given.plain_model("sft")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apprentice.compute import Compute, set_up
 from apprentice.config import ParamsError
 from apprentice.demonstrations import Demonstration, digest, partial_of, prompt_id, read_demonstrations
+from apprentice.layers import hold_as_cast
 from apprentice.policy import freeze, load_policy, load_tokenizer, save_policy
 from apprentice.sharding import is_sharded, whole
 from apprentice.tokens import Batch, collate, encode_prompts, encode_responses, pad_id
@@ -64,7 +65,7 @@ def policy_of(stage: Stage, name: str, compute: Compute) -> PreTrainedModel:
 
 def scorers_of(stage: Stage, names: Sequence[str], compute: Compute) -> dict[str, PreTrainedModel]:
     """Frozen models by name, each loaded once."""
-    return {name: freeze(policy_of(stage, name, compute)) for name in dict.fromkeys(names)}
+    return {name: hold_as_cast(freeze(policy_of(stage, name, compute)), compute) for name in dict.fromkeys(names)}
 
 
 def table(stage: Stage, name: str) -> list[Demonstration]:

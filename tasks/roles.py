@@ -8,6 +8,7 @@ from typing import Any
 
 from apprentice.compute import Compute
 from apprentice.footprint import shape_of
+from apprentice.layers import hold_as_cast
 from apprentice.lora import ADAPTER, Trunk, adapter_shape, read_origin
 from apprentice.policy import load_policy
 from tasks import room
@@ -94,7 +95,8 @@ def _role(stage: Stage, name: str, trunks: dict[str, Trunk], compute: Compute, l
     below = trunk_of(stage, name)
     with refused_in_a_line():
         if below not in trunks:
-            trunks[below] = _trunk(stage, load(model_folder(stage, below), compute), below, heads)
+            model = hold_as_cast(load(model_folder(stage, below), compute), compute, lossless=True)
+            trunks[below] = _trunk(stage, model, below, heads)
         return trunks[below].role(None if below == name else model_folder(stage, name) / ADAPTER)
 
 

@@ -13,30 +13,30 @@ from apprentice.compute import Compute
 from apprentice.footprint import Shape, footprint, shape_of
 from tests.apprentice.toys import tiny_llama
 
-SHAPE = Shape(parameters=1000, layers=2, width=8, vocabulary=50, cache_width=16)
-SMALLER = Shape(parameters=10, layers=1, width=8, vocabulary=50, cache_width=16)
+SHAPE = Shape(parameters=1000, layers=2, width=8, inner=20, vocabulary=50, cache_width=16)
+SMALLER = Shape(parameters=10, layers=1, width=8, inner=20, vocabulary=50, cache_width=16)
 COMPUTE = Compute(torch.device("cpu"), torch.float32, forward_tokens=10, cache_tokens=100)
 
 
 def test_training_by_hand() -> None:
-    """Logits 10 * 50 * 4 * 2, a piece that is all of them * 3, activations 34 * 2 bytes * 10 * 8 * 2 layers: 20880, more than
-    the cache's 2 * 16 * 100 * 4."""
+    """Logits 10 * 50 * 4 * 2, a piece that is all of them * 3, activations 10 * (36 * 8 + 16 * 20) bytes * 2 layers: 22160,
+    more than the cache's 2 * 16 * 100 * 4."""
     found = footprint([SHAPE], [SMALLER], COMPUTE, samples=True)
     assert found.certain == 16 * 1000 + 4 * 10
-    assert found.memory == found.certain + 20880 + 12 * 1000
+    assert found.memory == found.certain + 22160 + 12 * 1000
     assert found.disk == 2 * 4 * 1000 + 2 * 12 * 1000
 
 
 def test_a_snapshot_takes_nothing_of_a_device_beside_the_machines_memory() -> None:
     on_cuda = dataclasses.replace(COMPUTE, device=torch.device("cuda"))
-    assert footprint([SHAPE], [SMALLER], on_cuda, samples=True).memory == 16 * 1000 + 4 * 10 + 4000 + 6000 + 10880
+    assert footprint([SHAPE], [SMALLER], on_cuda, samples=True).memory == 16 * 1000 + 4 * 10 + 4000 + 6000 + 12160
 
 
 def test_sampling_by_hand() -> None:
-    """Nothing is written but rows; a cache of 200 tokens is larger than a pass of 10 * 50 * 4 * (1 + 3) + 68 * 10 * 8."""
+    """Nothing is written but rows; a cache of 200 tokens is larger than a pass of 10 * 50 * 4 * (1 + 3) + 6080."""
     found = footprint([], [SHAPE, SMALLER], dataclasses.replace(COMPUTE, cache_tokens=200), samples=True)
     assert (found.certain, found.memory, found.disk) == (4040, 4040 + 25600, 0)
-    assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False).memory == 4040 + 8000 + 5440
+    assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False).memory == 4040 + 8000 + 6080
 
 
 def test_of_many_logits_a_piece_is_in_float32() -> None:
@@ -44,7 +44,7 @@ def test_of_many_logits_a_piece_is_in_float32() -> None:
     compute = dataclasses.replace(COMPUTE, device=torch.device("cuda"), dtype=torch.bfloat16)
     large = dataclasses.replace(SHAPE, vocabulary=2**27)
     found = footprint([], [large], compute, samples=False)
-    assert found.memory == found.certain + 10 * 2**27 * 2 + 3 * 4 * 2**26 + 34 * 10 * 8
+    assert found.memory == found.certain + 10 * 2**27 * 2 + 3 * 4 * 2**26 + 10 * (26 * 8 + 8 * 20)
 
 
 def test_models_written_untrained_by_hand() -> None:
@@ -53,10 +53,10 @@ def test_models_written_untrained_by_hand() -> None:
 
 
 def test_activations_computed_again_by_hand() -> None:
-    """Those of one layer, 34 * 2 bytes * 10 * 8, and the inputs of both, 4 bytes * 10 * 8 each."""
+    """Those of one layer, 10 * (36 * 8 + 16 * 20) bytes, and the inputs of both, 4 bytes * 10 * 8 each."""
     again = dataclasses.replace(COMPUTE, gradient_checkpointing=True)
     found = footprint([SHAPE], [SMALLER], again, samples=False)
-    assert found.memory == found.certain + 10000 + 5440 + 640 + 12 * 1000
+    assert found.memory == found.certain + 10000 + 6080 + 640 + 12 * 1000
     assert footprint([], [SHAPE], again, samples=False) == footprint([], [SHAPE], COMPUTE, samples=False)
 
 
@@ -69,40 +69,50 @@ SPREAD = dataclasses.replace(SHAPE, rest=600)  # and 200 in each of its layers
 
 
 def test_training_spread_over_processes_by_hand() -> None:
-    """A quarter of 32040 bytes; beside it the pass of 20880 as above and 12 bytes of each of 600 + 2 * 200 parameters: more
+    """A quarter of 32040 bytes; beside it the pass of 22160 as above and 12 bytes of each of 600 + 2 * 200 parameters: more
     than a model of 4000 bytes and its cache; a quarter of the one snapshot."""
     found = footprint([SPREAD, SPREAD], [SMALLER], COMPUTE, samples=True, processes=4)
     assert found.certain == (2 * 16 * 1000 + 4 * 10) // 4 == 8010
-    assert found.memory == 8010 + 20880 + 12 * 1000 + 12 * 2000 // 4
+    assert found.memory == 8010 + 22160 + 12 * 1000 + 12 * 2000 // 4
     assert found.disk == footprint([SPREAD, SPREAD], [SMALLER], COMPUTE, samples=True).disk
 
 
 def test_a_model_that_samples_is_whole_beside_the_parts_by_hand() -> None:
-    """4000 bytes of it and the cache of 2 * 16 * 1000 * 4; without one, a pass of 10 * 50 * 4 * (1 + 3) + 68 * 10 * 8."""
+    """4000 bytes of it and the cache of 2 * 16 * 1000 * 4; without one, a pass of 10 * 50 * 4 * (1 + 3) + 6080."""
     found = footprint([], [SPREAD, SMALLER], dataclasses.replace(COMPUTE, cache_tokens=1000), samples=True, processes=2)
     assert (found.certain, found.memory) == (2020, 2020 + 4000 + 128000)
-    assert footprint([], [SPREAD, SMALLER], COMPUTE, samples=False, processes=2).memory == 2020 + 4000 + 8000 + 5440
+    assert footprint([], [SPREAD, SMALLER], COMPUTE, samples=False, processes=2).memory == 2020 + 4000 + 8000 + 6080
 
 
 def test_weights_that_were_cast_stay_for_the_way_back_unless_it_is_computed_again() -> None:
-    """2 bytes of each of the 1000 parameters, and half the bytes of logits and activations."""
+    """2 bytes of each of the 1000 parameters, half the bytes of logits, 10 * (26 * 8 + 8 * 20) of activations in a layer."""
     cast = dataclasses.replace(COMPUTE, device=torch.device("cuda"), dtype=torch.bfloat16, cache_tokens=1)
     found = footprint([SPREAD], [], cast, samples=False, processes=2)
-    assert found.memory == 8000 + 12 * 1000 + 10 * 50 * (2 * 2 + 3 * 4) + 34 * 10 * 8 * 2 + 2 * 1000
+    assert found.memory == 8000 + 12 * 1000 + 10 * 50 * (2 * 2 + 3 * 4) + 3680 * 2 + 2 * 1000
     again = footprint([SPREAD], [], dataclasses.replace(cast, gradient_checkpointing=True), samples=False, processes=2)
-    assert again.memory == found.memory - 2 * 1000 - 34 * 10 * 8 + 4 * 10 * 8 * 2
+    assert again.memory == found.memory - 2 * 1000 - 3680 + 4 * 10 * 8 * 2
+
+
+def test_mixed_precision_by_hand() -> None:
+    """Of what is frozen 600 parameters in 4 bytes, 400 in 2; what is trained once more in 2, beside a pass, or a cache."""
+    half = dataclasses.replace(COMPUTE, device=torch.device("cuda"), dtype=torch.bfloat16)
+    found = footprint([SHAPE], [SPREAD], half, samples=True)
+    assert found.certain == 16 * 1000 + 4 * 600 + 2 * 400
+    assert found.memory == found.certain + 2 * 1000 + 10 * 50 * (2 * 2 + 3 * 4) + 2 * 3680
+    sampling = footprint([SHAPE], [SPREAD], dataclasses.replace(half, cache_tokens=1000), samples=True)
+    assert sampling.memory == found.certain + 2 * 1000 + 2 * 16 * 1000 * 2
 
 
 def test_a_shape_counts_what_the_model_has_tied_weights_once() -> None:
     model = tiny_llama(0, vocab=12, num_key_value_heads=1)
     expected = sum(parameter.numel() for parameter in model.parameters())
-    assert shape_of(model.config) == Shape(expected, 2, 16, 12, 2 * 1 * 8, rest=12 * 16 + 16)  # embedding and last norm
+    assert shape_of(model.config) == Shape(expected, 2, 16, 32, 12, 2 * 1 * 8, rest=12 * 16 + 16)  # embedding and last norm
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_names_of_other_families_are_understood() -> None:
     gpt2 = shape_of(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=40, n_positions=16))
-    assert (gpt2.layers, gpt2.width, gpt2.vocabulary, gpt2.cache_width) == (3, 32, 40, 64)
+    assert (gpt2.layers, gpt2.width, gpt2.inner, gpt2.vocabulary, gpt2.cache_width) == (3, 32, 128, 40, 64)
 
 
 def test_a_large_model_is_estimated_without_being_made() -> None:

@@ -9,25 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from apprentice import replay
-from apprentice.compute import CPU, Compute
-from apprentice.lora import Trunk
-from apprentice.replay import weights_as_cast
 from apprentice.sampling import Request, Rollout, sample
-from apprentice.sections import LoRAConfig
 from tests.apprentice.families import FAMILIES, tiny
 from tests.apprentice.toys import END, tiny_llama
 
 PROMPTS = [[1, 5, 7], [1], [2, 2, 2, 4, 9, 11, 12, 13], [8, 1]]
-HALF = Compute(CPU.device, torch.bfloat16)
 
 
-def drawn(model: Any, rows: int, compute: Compute = CPU, **options: Any) -> Rollout:
+def drawn(model: Any, rows: int, **options: Any) -> Rollout:
     """Forty steps at most: the cache is widened twice, and finished rows leave."""
     asked = [Request(PROMPTS[n % 4], f"{n}") for n in range(rows)]
-    return sample(model, asked, seed="0", end=END, max_new_tokens=40, compute=compute, **options)
+    return sample(model, asked, seed="0", end=END, max_new_tokens=40, **options)
 
 
 def same(one: Rollout, other: Rollout) -> bool:
@@ -125,38 +119,3 @@ def test_large_products_and_single_rows_are_not_traced(traces: list[int]) -> Non
     drawn(tiny("llama"), 300)
     drawn(tiny("llama"), 1)
     assert all(rows < 256 for rows in traces)
-
-
-def adapted() -> Any:
-    role = Trunk(tiny("llama"), LoRAConfig(rank=2, alpha=4, targets="all-linear"), seed="0", origin={}).train()
-    torch.manual_seed(1)
-    for parameter in role.parameters():
-        nn.init.normal_(parameter, 0, 0.3)
-    return role
-
-
-@pytest.mark.parametrize("make", [lambda: tiny("llama"), lambda: tiny("gpt2"), lambda: tiny("gemma3"), adapted])
-def test_weights_cast_once_give_the_numbers_of_weights_cast_for_each_product(
-    make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make()
-    found = drawn(model, 20, HALF)
-    monkeypatch.setattr(replay, "isinstance", lambda *_: False, raising=False)  # no layer is one to cast
-    assert same(found, drawn(model, 20, HALF))
-
-
-def weights(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
-    return [(id(parameter), parameter.dtype) for parameter in model.parameters()]
-
-
-def test_weights_are_cast_inside_only_where_precision_is_mixed() -> None:
-    model = tiny("qwen2")
-    before = weights(model)
-    with weights_as_cast(model, CPU):
-        assert weights(model) == before
-    with pytest.raises(KeyError), weights_as_cast(model, HALF):
-        assert model.lm_head.weight.dtype == model.model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16
-        assert model.model.embed_tokens.weight.dtype == torch.float32
-        raise KeyError
-    assert weights(model) == before
-    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -98,18 +98,20 @@ def test_what_finds_no_memory_loses_only_itself(monkeypatch: pytest.MonkeyPatch,
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(gpu_ours, "score", full)
-    cpu, shape = torch.device("cpu"), SHAPES["tiny"]
-    found = gpu.measured(gpu_ours.works(shape, cpu), shape, cpu, 1e9, 1)
+    compute, shape = gpu_ours.computing("cpu"), SHAPES["tiny"]
+    found = gpu.measured(gpu_ours.works(shape, compute), shape, compute.device, 1e9, 1)
     assert found["scoring"] == {"failed": "out of memory"}
     assert all("seconds" in found[name] for name in ("sft", "rollouts", "ppo"))
     assert "out of memory" in capsys.readouterr().out
 
 
 def test_runs_end_when_they_took_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = iter([99.0, 4.0, 1.0, 9.0, 2.0])  # the first is not counted
+    taken = iter([9.0, 4.0, 1.0, 9.0, 2.0])  # the first is not counted
     monkeypatch.setattr(gpu, "seconds", lambda *_: next(taken))
-    work = gpu_ours.works(SHAPES["tiny"], torch.device("cpu"))["scoring"]
+    work = gpu_ours.works(SHAPES["tiny"], gpu_ours.computing("cpu"))["scoring"]
     assert gpu.timed(work, torch.device("cpu"), 9) == (4.0, 0.0)  # the median of three, 14 seconds in all
+    taken = iter([12.0, 4.0])
+    assert gpu.timed(work, torch.device("cpu"), 9) == (12.0, 0.0)  # long enough by itself
 
 
 def test_it_needs_torch_and_transformers_alone() -> None:

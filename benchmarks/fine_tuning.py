@@ -51,8 +51,8 @@ def _compare(method: str, results: Results, runs: int) -> None:
     for shape in ("tiny", "wide"):
         make(shape)
         sides = {
-            "ours": Side(f"benchmarks.fine_tuning:our_{method}", {"shape": shape}, python),
-            "trl": Side(f"benchmarks.fine_tuning:trl_{method}", {"shape": shape}, python),
+            "ours": Side(f"benchmarks.fine_tuning:our_{method}", {"shape": shape}, python, tidy=True),
+            "trl": Side(f"benchmarks.fine_tuning:trl_{method}", {"shape": shape}, python, tidy=True),
         }
         results.compare(f"{method}/{shape}", alternate(sides, runs))
 

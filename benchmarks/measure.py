@@ -33,11 +33,13 @@ class BenchmarkError(RuntimeError):
 @dataclass(frozen=True)
 class Side:
     """What to run: `module:function`, which gets `options` and returns what prepares a repeat (see worker.py), and the
-    interpreter that has what it imports."""
+    interpreter that has what it imports. tidy: give memory back between repeats, where it is what is compared: touching it
+    anew weighs in repeats of milliseconds."""
 
     target: str
     options: Mapping[str, Any] = field(default_factory=dict)
     python: str = sys.executable
+    tidy: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,15 @@ class Worker:
     """A side's process, idle between its repeats."""
 
     def __init__(self, side: Side) -> None:
-        command = [side.python, "-u", "-m", "benchmarks.worker", side.target, json.dumps(dict(side.options))]
+        command = [
+            side.python,
+            "-u",
+            "-m",
+            "benchmarks.worker",
+            side.target,
+            json.dumps(dict(side.options)),
+            *["tidy"] * side.tidy,
+        ]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         self.side = side
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process

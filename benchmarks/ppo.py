@@ -57,9 +57,9 @@ def family(results: Results, runs: int) -> None:
     for name, work in WORKLOADS.items():
         make(work.shape)
         sides = {
-            "ours": Side("benchmarks.ppo:ours", {"workload": name}, python),
-            "trl_as_shipped": Side("benchmarks.ppo_trl:trl", {"workload": name}, python),
-            "trl_without_gc": Side("benchmarks.ppo_trl:trl", {"workload": name, "collect": False}, python),
+            "ours": Side("benchmarks.ppo:ours", {"workload": name}, python, tidy=True),
+            "trl_as_shipped": Side("benchmarks.ppo_trl:trl", {"workload": name}, python, tidy=True),
+            "trl_without_gc": Side("benchmarks.ppo_trl:trl", {"workload": name, "collect": False}, python, tidy=True),
         }
         if work.forced:
             results.gate(f"ppo/{name}", _gate(name, python))

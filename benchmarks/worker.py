@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own: `python -m benchmarks.worker benchmarks.ppo:ours '{"shape": "wide"}'`.
+"""One side of a comparison in a process of its own: `python -m benchmarks.worker MODULE:FUNCTION OPTIONS [tidy]`, options as JSON.
 
 Reads a repeat's number a line, prepares that repeat, times it, and answers with a line of JSON. Whatever else the side prints
 goes to standard error.
@@ -27,7 +27,8 @@ def main() -> None:
     prepare: Prepare = getattr(importlib.import_module(module), name)(**options)
     begun = peak_mib()
     for line in sys.stdin:
-        tidy()
+        if "tidy" in sys.argv[3:]:
+            tidy()
         answers.write(json.dumps(timed(prepare(int(line))) | {"peak_mib": peak_mib(), "begun_mib": begun}) + "\n")
         answers.flush()
 

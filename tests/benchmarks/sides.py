@@ -1,5 +1,6 @@
 """Sides that need no library: what the tests measure."""
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -27,5 +28,23 @@ def failing() -> Callable[[int], Callable[[], Figures]]:
         if repeat:
             raise RuntimeError("no second time")
         return dict
+
+    return prepare
+
+
+class Litter:
+    """Holds itself, so that only garbage collection frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def littering() -> Callable[[int], Callable[[], Figures]]:
+    """Leaves something behind; says how much of it was there before."""
+
+    def prepare(repeat: int) -> Callable[[], Figures]:
+        left = sum(isinstance(one, Litter) for one in gc.get_objects())
+        Litter()
+        return lambda: {"left": float(left)}
 
     return prepare

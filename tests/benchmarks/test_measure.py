@@ -65,6 +65,13 @@ def test_a_worker_times_each_repeat_in_a_process_of_its_own() -> None:
     assert "noise" in said
 
 
+@pytest.mark.parametrize("tidy", [True, False])
+def test_what_a_repeat_left_behind_is_collected_where_memory_is_compared(tidy: bool) -> None:
+    with Worker(Side("tests.benchmarks.sides:littering", tidy=tidy)) as worker:
+        left = [worker.run(repeat)["figures"]["left"] for repeat in range(3)]
+    assert left == ([0, 0, 0] if tidy else [0, 1, 2])
+
+
 def test_a_side_that_fails_is_told_with_its_reason() -> None:
     with pytest.raises(BenchmarkError, match=r"sides:failing .* ended in repeat 1:(.|\n)*no second time"):
         alternate({"ours": Side("tests.benchmarks.sides:failing")}, runs=1)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import set_verbosity_error
 
-from apprentice.foreign_checkpoint import weight_places
+from apprentice.foreign_checkpoint import other_layers, weight_places
 
 SECONDS = {"config": 20, "tokenizer": 60, "chat template": 10}  # of CPU; honest ones need a hundredth
 BYTES_PER_SECOND = 50_000_000  # of weights, on a slow disk and CPU
@@ -35,6 +35,10 @@ def build(folder: Path) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a hostile config makes a library raise
         raise ValueError(f"{folder}: config.json describes no model that can be built ({_line(error)})") from error
+    if others := other_layers(config):
+        raise ValueError(
+            f"{folder}: it has layers that are no attention ({', '.join(others)}), and cannot be sampled from here"
+        )
     stored = _shapes(folder)
     prefix = f"{model.base_model_prefix}."
     for name, parameter in model.named_parameters():

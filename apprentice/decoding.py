@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
+from apprentice.foreign_checkpoint import other_layers
 from apprentice.logps import by_rows, token_logps
 
 
@@ -125,19 +126,13 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], device: torch.device) 
     caches: list[DynamicCache] = []
 
     def make(one: Any) -> DynamicCache:
-        if other := {type(layer) for layer in _layers(one)} - {DynamicLayer, DynamicSlidingWindowLayer}:
-            names = ", ".join(sorted(kind.__name__ for kind in other))
-            raise ValueError(f"{type(one).__name__} cannot be sampled from here: it has layers that are no attention ({names})")
+        if others := other_layers(one.config):
+            raise ValueError(f"{type(one).__name__}: it has layers that are no attention ({', '.join(others)})")
         caches.append(DynamicCache())
         return caches[-1]
 
     logits = _next_logits(model, ids, attended, (attended.cumsum(1) - 1).clamp(min=0), make)
     return logits, attended.bool(), [part for cache in caches for layer in cache.layers for part in (layer.keys, layer.values)]
-
-
-def _layers(model: Any) -> list[Any]:
-    """A cache's layers as transformers makes them for a model."""
-    return list(DynamicCache(config=model.config).layers)
 
 
 def _next_logits(model: Any, ids: Tensor, attended: Tensor, positions: Tensor, make: Callable[[Any], Cache]) -> Tensor:
@@ -172,7 +167,9 @@ def advance(model: Any, rows: Rows, draws: Draws) -> None:
     parts = iter(rows.cache)
 
     def make(one: Any) -> Cache:
-        return Cache(layers=[_Slots(next(parts), next(parts), rows.place) for _ in _layers(one)])
+        return Cache(
+            layers=[_Slots(next(parts), next(parts), rows.place) for _ in range(len(DynamicCache(config=one.config).layers))]
+        )
 
     logits = _next_logits(model, rows.token[:, None], rows.attended, rows.position[:, None], make)
     for counter in (rows.position, rows.place, rows.step):

@@ -87,7 +87,8 @@ def footprint(
     models are spread; the memory is then that of one.
     """
     own = sum(shape.parameters for shape in trained)
-    held = sum(FROZEN * shape.parameters if processes > 1 else _frozen(shape, compute) for shape in frozen)
+    plain = processes > 1 or written  # what is written stands in float32 throughout
+    held = sum(FROZEN * shape.parameters if plain else _frozen(shape, compute) for shape in frozen)
     certain = -(-(TRAINED * own + held) // processes)
     numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
     cache = numbers * compute.dtype.itemsize if samples else 0

@@ -45,6 +45,15 @@ def inspect_checkpoint(folder: Path) -> None:
         weight_places(folder)
 
 
+def other_layers(config: Any) -> list[str]:
+    """The kinds of a model's layers that keep something else than keys and values of each token, as transformers names them."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+
+
 def weight_places(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a folder, by the tensor's name. Raises ValueError where they are not whole safetensors."""
     if (folder / "adapter_config.json").exists():

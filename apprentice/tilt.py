@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import CPU, Compute
 from apprentice.demonstrations import atomic_write
+from apprentice.layers import hold_as_cast
 from apprentice.policy import freeze, load_policy
 
 FILE = "tilt.json"  # in a model folder: the two models, relative to it, and the weight
@@ -56,5 +57,7 @@ def read_tilt(folder: Path) -> dict[str, Any]:
 def load_tilt(folder: Path, compute: Compute = CPU) -> Tilt:
     """Load both models and tilt them."""
     said = read_tilt(folder)
-    target, baseline = (load_policy(folder.parent / said[name], compute) for name in ("target", "baseline"))
+    target, baseline = (
+        hold_as_cast(load_policy(folder.parent / said[name], compute), compute) for name in ("target", "baseline")
+    )
     return Tilt(target, baseline, said["weight"])

@@ -52,11 +52,10 @@ def main(words: list[str] | None = None) -> None:
             found[name][side] = measured(
                 works(SHAPES[name], compute), SHAPES[name], device, found["flop_per_second"], asked.runs
             )
-            asked.out.write_text(json.dumps(found, indent=1) + "\n")
-        if "trl" in there:
-            found[name]["ratio"] = ratio(**found[name])
-            print(f"{name}, seconds of trl for one of ours: {json.dumps(found[name]['ratio'])}", flush=True)
-            asked.out.write_text(json.dumps(found, indent=1) + "\n")
+            if "trl" in found[name]:
+                found[name]["ratio"] = ratio(**found[name])
+            write(found, asked.out)
+    print(table(found))
 
 
 def sides() -> dict[str, Side]:
@@ -140,6 +139,35 @@ def ratio(ours: Figures, trl: Figures) -> dict[str, float]:
         for name in ours
         if "seconds" in ours[name] and "seconds" in trl[name]
     }
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """The figures, and beside them the table."""
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(found))
+
+
+def table(found: dict[str, Any]) -> str:
+    """In Markdown, a line for each kind of work of a shape."""
+    about, limit = found["machine"], found["flop_per_second"]
+    lines = [
+        f"{about['card']}, torch {about['torch']}, transformers {about['transformers']}; products reach {limit:.3g} FLOP/s.",
+        "",
+        "| shape | work | ours, s | TRL, s | TRL for one of ours | our tokens/s | of products | ours, GiB | TRL, GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape, one in found.items():
+        for work, ours in one["ours"].items() if shape in SHAPES else ():
+            trl = one.get("trl", {}).get(work, {})
+            cells = [ours.get("seconds"), trl.get("seconds"), one.get("ratio", {}).get(work)]
+            cells += [ours.get("tokens_per_second"), ours.get("share_of_products"), ours.get("peak_gib"), trl.get("peak_gib")]
+            lines.append(f"| {shape} | {work} | " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None) -> str:
+    """Three digits; nothing where there is no figure."""
+    return "" if value is None else f"{float(f'{value:.3g}'):,g}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apprentice.logps import token_logps
+from benchmarks.measure import BenchmarkError
 from benchmarks.ppo import CLIP, EPOCHS, KL, LAMBDA, RATE, WORKLOADS, Workload, figures, order
 from benchmarks.shapes import MADE, Material, computing_plainly, material
 from benchmarks.worker import Figures, Prepare
@@ -150,10 +151,13 @@ def trl(workload: str, collect: bool = True) -> Prepare:
         ppo_trainer.gc = types.SimpleNamespace(collect=lambda: None)  # type: ignore[attr-defined]
 
     def prepare(repeat: int) -> Callable[[], Figures]:
-        trainer = trainer_of_trl(work, given, str(repeat))
+        trainer, steps = trainer_of_trl(work, given, str(repeat)), list[int]()
+        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
 
         def train() -> Figures:
             trainer.train()
+            if len(steps) != work.updates * EPOCHS:
+                raise BenchmarkError(f"TRL made {len(steps)} steps where ours makes {work.updates * EPOCHS}, one an epoch")
             logged = [row for row in trainer.state.log_history if "objective/scores" in row]
             return figures(
                 [row["objective/scores"] for row in logged],

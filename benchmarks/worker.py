@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own: `python -m benchmarks.worker MODULE:FUNCTION OPTIONS [tidy]`, options as JSON.
+"""A side of a comparison in its own process: `python -m benchmarks.worker MODULE:FUNCTION OPTIONS [tidy]`, options in JSON.
 
 Reads a repeat's number a line, prepares that repeat, times it, and answers with a line of JSON. Whatever else the side prints
 goes to standard error.

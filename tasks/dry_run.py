@@ -121,7 +121,7 @@ def _needs(
     params: Params, shape: "Shape", adapter: "Shape | None", work: dict[str, Work], compute: "Compute"
 ) -> Iterator[Need]:
     """Every model has the base's shape. A pinned base is loaded to be counted, and written nowhere."""
-    from apprentice.footprint import footprint
+    from apprentice.footprint import FROZEN, footprint
 
     srppo = params.srppo
     pinned = params.pretrain.checkpoint is not None
@@ -142,7 +142,7 @@ def _needs(
             shapes = [shape] * len(one.trained), [shape] * len(one.frozen)
         spread = params.compute.processes if compute.sharding and stage not in UNSHARED else 1
         room = footprint(*shapes, compute, one.samples, processes=spread)
-        memory = room.certain if pinned and stage == "pretrain" else room.memory
+        memory = FROZEN * shape.parameters if pinned and stage == "pretrain" else room.memory
         flops = tokens.flops(shape.parameters, compute.gradient_checkpointing, adapted)
         yield Need(stage, memory, room.outputs, room.snapshots, flops)
 

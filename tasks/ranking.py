@@ -79,11 +79,12 @@ def judge_of(stage: Stage, compute: Any) -> Any:
 
 def reward_model_of(stage: Stage, compute: Any) -> Any:
     """The Bradley-Terry reward model of the pipeline, frozen."""
+    from apprentice.layers import hold_as_cast
     from apprentice.policy import freeze
     from apprentice.reward_model import load_reward_model
     from tasks.checkpoints import model_folder
 
-    return freeze(load_reward_model(model_folder(stage, "bt_reward"), compute))
+    return hold_as_cast(freeze(load_reward_model(model_folder(stage, "bt_reward"), compute)), compute)
 
 
 def rewards_of(stage: Stage, model: Any, rows: Sequence[Any], compute: Any) -> Any:

@@ -50,6 +50,8 @@ def test_of_many_logits_a_piece_is_in_float32() -> None:
 def test_models_written_untrained_by_hand() -> None:
     """Each in 4 bytes a parameter of the largest, and once more in DVC's cache."""
     assert footprint([], [SHAPE, SMALLER], COMPUTE, samples=False, written=3).disk == 3 * 2 * 4 * 1000
+    half = dataclasses.replace(COMPUTE, dtype=torch.bfloat16)
+    assert footprint([], [SHAPE, SMALLER], half, samples=False, written=3).certain == 4 * 1010  # added up in float32
 
 
 def test_activations_computed_again_by_hand() -> None:

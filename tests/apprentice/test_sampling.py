@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from apprentice.compute import CPU, Compute
 from apprentice.decoding import draw, uniforms
@@ -215,6 +215,12 @@ def test_a_rollout_can_be_trained_on(model: LlamaForCausalLM) -> None:
     rollout = run(model, requests(4))
     assert not rollout.batch.ids.is_inference()
     assert not rollout.logps.is_inference()
+
+
+def test_a_model_of_other_layers_than_attention_is_refused() -> None:
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ValueError, match=r"MambaForCausalLM: it has layers that are no attention \(LinearAttentionLayer\)"):
+        run(mamba, requests(2))
 
 
 def test_no_request_is_an_error(model: LlamaForCausalLM) -> None:

@@ -61,7 +61,7 @@ def test_without_trl_a_line_says_so_and_ours_alone_is_written(
 ) -> None:
     monkeypatch.setattr(gpu, "TRL", "0.0.1")  # which nobody has
     assert tried(tmp_path, "tiny")["tiny"].keys() == {"ours"}
-    said = [line for line in capsys.readouterr().out.splitlines() if "TRL" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(said) == 1 and "pip install trl==0.0.1" in said[0] and "PYTHONPATH" in said[0]
 
 
@@ -91,6 +91,22 @@ def test_the_ratio_is_of_what_both_sides_measured() -> None:
     ours = {"sft": {"seconds": 2.0}, "ppo": {"seconds": 1.0}, "scoring": {"failed": "out of memory"}}
     trl = {"sft": {"seconds": 3.0}, "ppo": {"failed": "out of memory"}, "scoring": {"seconds": 1.0}}
     assert gpu.ratio(ours, trl) == {"sft": 1.5}
+
+
+def test_the_table_has_a_line_for_each_kind_of_work_and_nothing_where_it_failed() -> None:
+    ours = {"seconds": 0.66819, "tokens_per_second": 36779.8, "share_of_products": 0.14322, "peak_gib": 18.798}
+    machine = {"card": "A card", "torch": "2.0", "transformers": "5.0"}
+    one = {"ours": {"sft": ours}, "trl": {"sft": {"failed": "out of memory"}}, "ratio": {}}
+    said = gpu.table({"machine": machine, "flop_per_second": 7.612e14, "tiny": one, "7b": {"ours": {"ppo": ours}}}).splitlines()
+    assert said[0] == "A card, torch 2.0, transformers 5.0; products reach 7.61e+14 FLOP/s."
+    assert said[4:] == [
+        "| tiny | sft | 0.668 |  |  | 36,800 | 0.143 | 18.8 |  |",
+        "| 7b | ppo | 0.668 |  |  | 36,800 | 0.143 | 18.8 |  |",
+    ]
+
+
+def test_the_table_on_record_is_that_of_the_figures() -> None:
+    assert gpu.FILE.with_suffix(".md").read_text() == gpu.table(json.loads(gpu.FILE.read_text()))
 
 
 def test_what_finds_no_memory_loses_only_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MambaConfig, MambaForCausalLM
 
 from apprentice import checkpoint_trial
 from apprentice.foreign_checkpoint import INDEX, inspect_checkpoint, try_out
@@ -155,6 +156,12 @@ TRIED: dict[str, tuple[Poison, str]] = {
     "no heads": (entry("config.json", num_attention_heads=0), "config.json describes no model that can be built"),
     "huge size": (entry("config.json", hidden_size=10**9, head_dim=8), "is [15, 1000000000] by config.json, [15, 16] in the"),
     "size as text": (entry("config.json", hidden_size="16"), "config.json describes no model that can be built"),
+    "layers of no attention": (
+        lambda folder: MambaForCausalLM(MambaConfig(vocab_size=15, hidden_size=16, num_hidden_layers=1)).save_pretrained(
+            folder
+        ),
+        "it has layers that are no attention (LinearAttentionLayer)",
+    ),
     "layers missing": (entry("config.json", num_hidden_layers=4), "parameters, the files hold"),
     "shape mismatch": (tensors(grow), f"{WEIGHT} is [32, 16] by config.json, [33, 16] in the file"),
     "weight missing": (tensors(lambda held: held.pop(WEIGHT)), "parameters, the files hold"),

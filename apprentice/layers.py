@@ -18,6 +18,7 @@ from apprentice.gradients import add_rows_in_place
 from apprentice.linear import half_unused, use_onednn
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+FLASH = "flash_attention_2"
 
 
 def set_layers(model: Model, compute: Compute) -> Model:
@@ -66,6 +67,21 @@ def _to_cast(model: nn.Module, compute: Compute) -> list[tuple[nn.Module, str, n
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     found = [(module, name, weight) for module in layers for name, weight in module.named_parameters(recurse=False)]
     return [one for one in found if one[2].dtype == torch.float32]
+
+
+@contextmanager
+def attention_to_slots(model: Any) -> Iterator[None]:
+    """Inside, models with flash attention take PyTorch's: slots of the cache that are not in use are masked, which flash
+    attention cannot do without asking the device how many they are."""
+    modules = getattr(model, "whole", model).modules()
+    flash = [part for part in modules if isinstance(part, PreTrainedModel) and part.config._attn_implementation == FLASH]
+    try:
+        for part in flash:
+            part.config._attn_implementation = "sdpa" if part._supports_sdpa else "eager"
+        yield
+    finally:
+        for part in flash:
+            part.config._attn_implementation = FLASH
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> None:

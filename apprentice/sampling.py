@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from apprentice.compute import CPU, Compute
 from apprentice.decoding import Draws, Rows, prefill, record
-from apprentice.layers import weights_as_cast
+from apprentice.layers import attention_to_slots, weights_as_cast
 from apprentice.replay import stepping
 from apprentice.sharding import gathered
 from apprentice.tokens import Batch, collate
@@ -75,7 +75,7 @@ def sample(
         partial(_decode, model, [requests[row] for row in rows], seed, Draws(end, temperature), max_new_tokens, compute)
         for rows in chunks
     ]
-    with gathered(model), weights_as_cast(model, compute):
+    with gathered(model), weights_as_cast(model, compute), attention_to_slots(model):
         for rows, (tokens, scores, lengths) in zip(chunks, compute.pieces(makes), strict=True):
             for row, ids, values, n in zip(rows, tokens.tolist(), scores, lengths.tolist(), strict=True):
                 responses[row], logps[row] = ids[:n], values[:n].clone()

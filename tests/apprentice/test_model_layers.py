@@ -10,6 +10,7 @@ from apprentice.compute import CPU, Compute
 from apprentice.layers import set_layers
 from apprentice.policy import Critic, load_policy, response_scores, save_policy, score
 from apprentice.sampling import Request, sample
+from apprentice.tilt import Tilt
 from apprentice.tokens import Batch, train_word_tokenizer
 from tests.apprentice.families import FAMILIES, tiny
 from tests.apprentice.toys import END, demonstrations, gradient, relative_error
@@ -49,6 +50,22 @@ def test_activations_computed_again_give_the_same_gradients_from_less_memory(fam
     asked = [Request([1, 2, 5], "k", n) for n in range(8)]
     plain, again = (sample(model, asked, seed="0", end=END, max_new_tokens=6) for model in models.values())
     assert torch.equal(plain.logps, again.logps), "sampling keeps its cache"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_sampling_takes_another_kernel_than_flash_attention(family: str) -> None:
+    """Which is not to be had here: a pass by it would fail."""
+    asked = [Request([1, 2, 5], "k", n) for n in range(8)]
+    model, both = tiny(family), Tilt(tiny(family), tiny(family, seed=1), 1.0)
+    for sampled, parts in ((model, [model]), (both, [both.target, both.baseline])):
+        wanted = sample(sampled, asked, seed="0", end=END, max_new_tokens=6)
+        for part in parts:
+            part.config._attn_implementation = "flash_attention_2"
+        found = sample(sampled, asked, seed="0", end=END, max_new_tokens=6)
+        assert torch.equal(found.logps, wanted.logps)
+        assert all(part.config._attn_implementation == "flash_attention_2" for part in parts)
+        with pytest.raises(Exception, match="kernels|flash"):
+            score(parts[0], found.batch)
 
 
 def test_a_copy_of_such_a_model_trains_its_own_layers() -> None:

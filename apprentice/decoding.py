@@ -29,12 +29,13 @@ class Draws:
 
 @dataclass
 class Rows:
-    """What decoding B rows has come to. number: [B] which request. key: [B] of its draws. token: [B] drawn last. position: [B]
-    that it goes to. ended: [B] bool. lengths: [B] of the responses. tokens, logps: [B, T] so far. attended: [B, W] bool, slots
-    in use. place: [1] the next slot. step: [1] of the token drawn last. cache: keys and values in turn, each [B, H, W, D]."""
+    """What decoding B rows has come to. number: [B] which request. uniforms: [B, T] of its draws. token: [B] drawn last.
+    position: [B] that it goes to. ended: [B] bool. lengths: [B] of the responses. tokens, logps: [B, T] so far. attended:
+    [B, W] bool, slots in use. place: [1] the next slot. step: [1] of the token drawn last. cache: keys and values in turn, each
+    [B, H, W, D]."""
 
     number: Tensor
-    key: Tensor
+    uniforms: Tensor
     token: Tensor
     position: Tensor
     ended: Tensor
@@ -82,9 +83,9 @@ def _padded(tensor: Tensor, dimension: int, size: int) -> Tensor:
     return wider
 
 
-def uniforms(keys: Tensor, position: int | Tensor) -> Tensor:
-    """[B] int64 row keys to [B] float64 in [0, 1): splitmix64 of key and position, the same on every device."""
-    x = keys + (torch.as_tensor(position, device=keys.device) + 1) * _signed(0x9E3779B97F4A7C15)
+def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """[B] int64 row keys and [T] positions to [B, T] float64 in [0, 1): splitmix64 of both, the same on every device."""
+    x = keys[:, None] + (positions + 1) * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return _shift(x ^ _shift(x, 31), 11).double() / 2**53
@@ -151,7 +152,8 @@ def _next_logits(model: Any, ids: Tensor, attended: Tensor, positions: Tensor, m
 def record(rows: Rows, logits: Tensor, draws: Draws) -> None:
     """Draw a token from logits [B, V] for each row and write it down at its step; one that has ended stays as it is."""
     scaled = logits.float() if draws.temperature in (0.0, 1.0) else logits.float() / draws.temperature
-    drawn = draw(scaled, uniforms(rows.key, rows.step)) if draws.temperature else scaled.argmax(-1)
+    uniform = rows.uniforms.index_select(1, rows.step).squeeze(1)
+    drawn = draw(scaled, uniform) if draws.temperature else scaled.argmax(-1)
     logps = token_logps(scaled, drawn).masked_fill(rows.ended, 0.0)
     rows.token.copy_(drawn.masked_fill(rows.ended, draws.end))
     with _any_order():

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apprentice.compute import CPU, Compute
-from apprentice.decoding import Draws, Rows, prefill, record
+from apprentice.decoding import Draws, Rows, prefill, record, uniforms
 from apprentice.layers import attention_to_slots, weights_as_cast
 from apprentice.replay import stepping
 from apprentice.sharding import gathered
@@ -125,9 +125,10 @@ def _begin(model: PreTrainedModel, requests: list[Request], seed: str, draws: Dr
     index = torch.tensor([places.setdefault(tuple(request.prompt), len(places)) for request in requests], device=compute.device)
     logits, attended, cache = prefill(model, list(places), compute.device)
     count, device = len(requests), compute.device
+    keys = torch.tensor([row_key(seed, request) for request in requests], device=device)
     rows = Rows(
         number=torch.arange(count, device=device),
-        key=torch.tensor([row_key(seed, request) for request in requests], device=device),
+        uniforms=uniforms(keys, torch.arange(limit, device=device)),
         token=torch.zeros(count, dtype=torch.long, device=device),
         position=attended.sum(1)[index],
         ended=torch.zeros(count, dtype=torch.bool, device=device),

@@ -1,4 +1,7 @@
-"""Our sampler against `generate`, natural stop, at 16 to 1024 rows. Ours records log-probabilities too."""
+"""Our sampler against `generate`, natural stop, at 16 to 1024 rows. Ours records log-probabilities too.
+
+The rounds that are not measured are enough for its trace of a model's step, a tenth of a second once (`apprentice.replay`).
+"""
 
 from collections.abc import Callable
 
@@ -24,7 +27,7 @@ def family(results: Results, runs: int) -> None:
                 f"ours_{rows}": Side("benchmarks.sampling:ours", options),
                 f"generate_{rows}": Side("benchmarks.sampling:generate", options),
             }
-            results.compare(f"sampling/{shape}", alternate(sides, runs), ours=f"ours_{rows}")
+            results.compare(f"sampling/{shape}", alternate(sides, runs, warm_up=3), ours=f"ours_{rows}")
 
 
 def ours(shape: str, rows: int) -> Prepare:

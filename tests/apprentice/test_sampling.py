@@ -59,18 +59,19 @@ def splitmix64(key: int, position: int) -> float:
 
 def test_uniforms_are_splitmix64() -> None:
     keys = [0, 1, -1, 2**63 - 1, -(2**63), row_key("0", Request([1], "k"))]
-    for position in (0, 1, 47, 100_000):
-        assert uniforms(torch.tensor(keys), position).tolist() == [splitmix64(key, position) for key in keys]
+    positions = [0, 1, 47, 100_000]
+    wanted = [[splitmix64(key, position) for position in positions] for key in keys]
+    assert uniforms(torch.tensor(keys), torch.tensor(positions)).tolist() == wanted
 
 
 def test_the_first_output_of_seed_0_is_the_published_one() -> None:
-    assert uniforms(torch.tensor([0]), 0).tolist() == [(0xE220A8397B1DCDAF >> 11) / 2**53]
+    assert uniforms(torch.tensor([0]), torch.tensor([0])).tolist() == [[(0xE220A8397B1DCDAF >> 11) / 2**53]]
 
 
 def test_uniforms_are_uniform_over_rows_and_over_positions() -> None:
     rows = torch.tensor([row_key("seed", Request([1], "key", i)) for i in range(4000)])
-    assert kstest(uniforms(rows, 3).numpy(), "uniform").pvalue > 1e-4
-    positions = torch.stack([uniforms(rows[:1], t) for t in range(4000)]).squeeze(1)
+    assert kstest(uniforms(rows, torch.tensor([3])).flatten().numpy(), "uniform").pvalue > 1e-4
+    positions = uniforms(rows[:1], torch.arange(4000))[0]
     assert kstest(positions.numpy(), "uniform").pvalue > 1e-4
 
 

@@ -55,7 +55,7 @@ def slow_text(model: Tilt, prompt: list[int], key: int | None, temperature: floa
         if key is None:
             ids.append(chances.index(max(chances)))
         else:
-            ids.append(slow_draw(chances, float(uniforms(torch.tensor([key]), len(ids)))))
+            ids.append(slow_draw(chances, float(uniforms(torch.tensor([key]), torch.tensor([len(ids)])))))
     return ids
 
 

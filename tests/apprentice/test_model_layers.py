@@ -64,7 +64,7 @@ def test_sampling_takes_another_kernel_than_flash_attention(family: str) -> None
         found = sample(sampled, asked, seed="0", end=END, max_new_tokens=6)
         assert torch.equal(found.logps, wanted.logps)
         assert all(part.config._attn_implementation == "flash_attention_2" for part in parts)
-        with pytest.raises(Exception, match="kernels|flash"):
+        with pytest.raises(Exception, match=r"kernels|flash"):
             score(parts[0], found.batch)
 
 

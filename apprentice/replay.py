@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from apprentice.compute import Compute
 from apprentice.decoding import Draws, Rows, advance
@@ -84,16 +85,10 @@ _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 def _can_be_traced(model: Any) -> bool:
     """Of a tested type, with positions that are turned alike at any length, and nobody looking on."""
-    config = getattr(model, "config", None)
-    turned = str(getattr(config, "rope_parameters", None))
-    hooks = getattr(model, "_forward_pre_hooks", None) or getattr(model, "_forward_hooks", None)
-    return (
-        isinstance(model, nn.Module)
-        and getattr(config, "model_type", None) in TRACED
-        and not hasattr(model, "new_cache")
-        and not any(word in turned for word in ("dynamic", "longrope"))
-        and not hooks
-    )
+    if not isinstance(model, PreTrainedModel) or model._forward_pre_hooks or model._forward_hooks:
+        return False
+    turned = str(getattr(model.config, "rope_parameters", None))
+    return model.config.model_type in TRACED and not any(word in turned for word in ("dynamic", "longrope"))
 
 
 class _Step(nn.Module):

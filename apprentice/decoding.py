@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from apprentice.compute import Compute
 from apprentice.foreign_checkpoint import other_layers
 from apprentice.logps import by_rows, token_logps
 
@@ -116,14 +117,37 @@ def _inverted(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cdf, threshold[:, None], right=True).squeeze(-1)
 
 
-def prefill(model: Any, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """One pass over P prompts, left-padded: logits [P, V] of the next token, attended [P, L] bool, and keys and values.
+def prefill(model: Any, prompts: Sequence[Sequence[int]], room: int, compute: Compute) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Passes over P prompts of similar length each: logits [P, V] of the next token, attended [P, W] bool, and keys and values
+    of W slots, as many as the longest prompt has tokens and `room`. The last token of each prompt stands before that.
 
     Raises ValueError for a model whose layers keep something else than keys and values of each token.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    attended = torch.zeros(len(prompts), longest + room, dtype=torch.bool, device=compute.device)
+    logits, cache = list[Tensor](), list[Tensor]()
+    order = list[int]()
+    for group in compute.padded_batches(lengths):
+        width = lengths[group[0]]
+        ids = torch.tensor([[0] * (width - lengths[row]) + list(prompts[row]) for row in group], device=compute.device)
+        used = torch.tensor([[0] * (width - lengths[row]) + [1] * lengths[row] for row in group], device=compute.device)
+        found, parts = _read(model, ids, used)
+        if not cache:  # in the type that attention casts it to
+            shapes = [(len(prompts), part.size(1), longest + room, part.size(3)) for part in parts]
+            cache = [part.new_zeros(shape, dtype=compute.dtype) for part, shape in zip(parts, shapes, strict=True)]
+        rows = torch.tensor(group, device=compute.device)
+        with _any_order():
+            for slots, part in zip([attended, *cache], [used.bool(), *parts], strict=True):
+                slots.narrow(-1 if slots is attended else 2, longest - width, width).index_copy_(0, rows, part.to(slots.dtype))
+        logits.append(found)
+        order += group
+    back = torch.tensor(order, device=compute.device).argsort()
+    return torch.cat(logits)[back], attended, cache
+
+
+def _read(model: Any, ids: Tensor, attended: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The next logits [B, V] after left-padded ids [B, L], and the keys and values of all layers, in turn."""
     caches: list[DynamicCache] = []
 
     def make(one: Any) -> DynamicCache:
@@ -133,7 +157,7 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], device: torch.device) 
         return caches[-1]
 
     logits = _next_logits(model, ids, attended, (attended.cumsum(1) - 1).clamp(min=0), make)
-    return logits, attended.bool(), [part for cache in caches for layer in cache.layers for part in (layer.keys, layer.values)]
+    return logits, [part for cache in caches for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
 def _next_logits(model: Any, ids: Tensor, attended: Tensor, positions: Tensor, make: Callable[[Any], Cache]) -> Tensor:

@@ -102,7 +102,7 @@ def _decode(
     with compute.autocast():
         rows = _begin(model, requests, seed, draws, limit, compute)
         step = stepping(model, rows, draws, compute)
-        width = rows.attended.size(1)
+        width = int(rows.place)
         for number in range(1, limit):
             going = ~rows.ended
             left = int(going.sum())
@@ -112,19 +112,24 @@ def _decode(
                 keep(rows)
                 rows.stay(going.nonzero().squeeze(-1))
             if width + number > rows.attended.size(1):
-                rows.widen(width + min(limit, number + SLOTS[compute.device.type]) - 1)
+                rows.widen(width + _room(number, limit, compute))
             step()
         keep(rows)
     longest = int(lengths.max())
     return [tokens[:, :longest], logps[:, :longest], lengths]
 
 
+def _room(number: int, limit: int, compute: Compute) -> int:
+    """Slots for responses, before the step of that number: the last token drawn needs none."""
+    return min(limit, number + SLOTS[compute.device.type]) - 1
+
+
 def _begin(model: PreTrainedModel, requests: list[Request], seed: str, draws: Draws, limit: int, compute: Compute) -> Rows:
-    """A row for each request, its first token drawn: one pass over the distinct prompts."""
+    """A row for each request, its first token drawn: each distinct prompt is read once."""
     places: dict[tuple[int, ...], int] = {}
-    index = torch.tensor([places.setdefault(tuple(request.prompt), len(places)) for request in requests], device=compute.device)
-    logits, attended, cache = prefill(model, list(places), compute.device)
     count, device = len(requests), compute.device
+    index = torch.tensor([places.setdefault(tuple(request.prompt), len(places)) for request in requests], device=device)
+    logits, attended, cache = prefill(model, list(places), _room(1, limit, compute), compute)
     keys = torch.tensor([row_key(seed, request) for request in requests], device=device)
     rows = Rows(
         number=torch.arange(count, device=device),
@@ -136,11 +141,12 @@ def _begin(model: PreTrainedModel, requests: list[Request], seed: str, draws: Dr
         tokens=torch.full((count, limit), draws.end, device=device),
         logps=torch.zeros(count, limit, device=device),
         attended=attended[index],
-        place=torch.tensor([attended.size(1)], device=device),
+        place=torch.tensor([max(map(len, places))], device=device),
         step=torch.zeros(1, dtype=torch.long, device=device),
         cache=cache,
     )
     record(rows, logits[index], draws)
-    for number, part in enumerate(cache):  # in the type that attention casts it to
-        cache[number] = part.to(compute.dtype)[index]
+    if len(places) < count:
+        for number, part in enumerate(cache):
+            cache[number] = part[index]
     return rows

@@ -103,7 +103,8 @@ class _Step(nn.Module):
 
 
 class _Trace:
-    """A trace of a model's step, for any numbers of rows and slots; kept with the model."""
+    """A trace of a model's step, for any numbers of rows and slots, which is played as it is: to optimise it would take longer than
+    it saves. Kept with the model."""
 
     def __init__(self, model: Any, rows: Rows, draws: Draws) -> None:
         self.model, self.rows, self.draws = model, rows, draws
@@ -123,7 +124,8 @@ class _Trace:
         else:
             if self.draws not in self.known.traces:
                 self.known.traces[self.draws] = self._traced()
-            self.known.traces[self.draws](*self.rows.tensors)
+            with torch.jit.optimized_execution(False):
+                self.known.traces[self.draws](*self.rows.tensors)
 
     def _traced(self) -> Any:
         copies = tuple(tensor.clone() for tensor in self.rows.tensors)

@@ -103,8 +103,8 @@ class _Step(nn.Module):
 
 
 class _Trace:
-    """A trace of a model's step, for any numbers of rows and slots, which is played as it is: to optimise it would take longer than
-    it saves. Kept with the model."""
+    """A trace of a model's step, for any numbers of rows and slots, kept with the model. It is played as it is: to optimise it
+    takes longer than it saves."""
 
     def __init__(self, model: Any, rows: Rows, draws: Draws) -> None:
         self.model, self.rows, self.draws = model, rows, draws

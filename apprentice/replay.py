@@ -124,7 +124,7 @@ class _Trace:
         else:
             if self.draws not in self.known.traces:
                 self.known.traces[self.draws] = self._traced()
-            with torch.jit.optimized_execution(False):
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 self.known.traces[self.draws](*self.rows.tensors)
 
     def _traced(self) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from apprentice.lora import Trunk
 from apprentice.policy import freeze, score
 from apprentice.sampling import Request, Rollout, sample
 from apprentice.sections import LoRAConfig
+from apprentice.tilt import load_tilt, write_tilt
+from tasks import checkpoints
 from tests.apprentice.families import FAMILIES, tiny
 from tests.apprentice.toys import END, demonstrations
 
@@ -122,3 +124,12 @@ def test_what_a_trunk_would_lose_or_what_is_an_embedding_too_stays() -> None:
     assert up.weight.dtype == torch.float32
     assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_stages_hold_scorers_so_and_the_two_of_a_tilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "policy_of", lambda *_: tiny("llama"))
+    monkeypatch.setattr("apprentice.tilt.load_policy", lambda *_: tiny("llama"))
+    write_tilt(tmp_path / "tilt", tmp_path / "sft", tmp_path / "base", 1.0, {})
+    scorer, tilted = checkpoints.scorers_of(cast(Any, None), ["sft"], HALF)["sft"], load_tilt(tmp_path / "tilt", HALF)
+    for model in (scorer, tilted.target, tilted.baseline):
+        assert model.lm_head.weight.dtype == torch.bfloat16 and not model.lm_head.weight.requires_grad

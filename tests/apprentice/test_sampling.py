@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from apprentice.compute import CPU, Compute
 from apprentice.decoding import draw, uniforms
 from apprentice.policy import score
-from apprentice.sampling import Request, Rollout, row_key, sample
+from apprentice.sampling import SLOTS, Request, Rollout, row_key, sample
 from tests.apprentice.toys import END, LIMIT, SMALL, VOCAB, enumerate_responses, enumerated, markov, naive_logps, tiny_llama
 
 PROMPTS = [[0, 5, 7], [1], [2, 2, 2, 4, 9], [0, 5, 7], [8, 1]]
@@ -110,6 +110,22 @@ def test_samples_of_one_prompt_share_its_prefill_and_differ(model: LlamaForCausa
     assert shapes[0] == (2, 3)  # two distinct prompts
     assert shapes[1][1] == 1
     assert len({tuple(ids) for ids in texts(rollout)}) > 8
+
+
+def test_prompts_are_read_in_passes_of_similar_length_within_the_budget(model: LlamaForCausalLM) -> None:
+    asked = requests(20)
+    with passes(model) as shapes:
+        rollout = run(model, asked, compute=Compute(CPU.device, CPU.dtype, forward_tokens=6))
+    assert shapes[:3] == [(1, 5), (2, 3), (1, 1)]  # of five tokens; of three and two; of one
+    assert texts(rollout) == texts(run(model, asked))
+    assert torch.allclose(rollout.logps, score(model, rollout.batch), atol=1e-4)
+
+
+def test_long_responses_keep_what_was_read_when_the_cache_grows() -> None:
+    model = tiny_llama(5, vocab=12, initializer_range=0.1)
+    rollout = run(model, requests(20), limit=50)
+    assert int(rollout.batch.response_lengths.max()) > 2 * SLOTS["cpu"]
+    assert torch.allclose(rollout.logps, score(model, rollout.batch), atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])

@@ -10,7 +10,7 @@ from scipy.stats import chisquare, kstest
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from apprentice.compute import CPU, Compute
-from apprentice.decoding import draw, uniforms
+from apprentice.decoding import draw, prefill, uniforms
 from apprentice.policy import score
 from apprentice.sampling import SLOTS, Request, Rollout, row_key, sample
 from tests.apprentice.toys import END, LIMIT, SMALL, VOCAB, enumerate_responses, enumerated, markov, naive_logps, tiny_llama
@@ -119,6 +119,19 @@ def test_prompts_are_read_in_passes_of_similar_length_within_the_budget(model: L
     assert shapes[:3] == [(1, 5), (2, 3), (1, 1)]  # of five tokens; of three and two; of one
     assert texts(rollout) == texts(run(model, asked))
     assert torch.allclose(rollout.logps, score(model, rollout.batch), atol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_in_any_order_end_before_the_room_for_responses(model: LlamaForCausalLM) -> None:
+    prompts = [[1], [0, 5, 7], [2, 2, 2, 4, 9], [8, 1]]
+    logits, attended, cache = prefill(model, prompts, 2, Compute(CPU.device, CPU.dtype, forward_tokens=6))
+    assert attended.long().tolist() == [[0] * (5 - len(prompt)) + [1] * len(prompt) + [0, 0] for prompt in prompts]
+    for row, prompt in enumerate(prompts):
+        alone = model(torch.tensor([prompt]), use_cache=True)
+        assert torch.allclose(logits[row], alone.logits[0, -1], atol=1e-5)
+        for part, own in zip(cache[::2], alone.past_key_values.layers, strict=True):
+            assert torch.allclose(part[row, :, 5 - len(prompt) : 5], own.keys[0], atol=1e-5)
+            assert not part[row, :, 5:].any()
 
 
 def test_long_responses_keep_what_was_read_when_the_cache_grows() -> None:

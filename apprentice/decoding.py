@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -73,17 +74,10 @@ class Rows:
 
     def widen(self, slots: int) -> None:
         """Have `slots` slots."""
+        more = slots - self.attended.size(1)
         for number, part in enumerate(self.cache):
-            self.cache[number] = _padded(part, 2, slots)
-        self.attended = _padded(self.attended, 1, slots)
-
-
-def _padded(tensor: Tensor, dimension: int, size: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dimension] = size
-    wider = tensor.new_zeros(shape)
-    wider.narrow(dimension, 0, tensor.size(dimension)).copy_(tensor)
-    return wider
+            self.cache[number] = pad(part, (0, 0, 0, more))
+        self.attended = pad(self.attended, (0, more))
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
@@ -140,8 +134,9 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], room: int, compute: Co
             cache = [part.new_zeros(shape, dtype=compute.dtype) for part, shape in zip(parts, shapes, strict=True)]
         rows = torch.tensor(group, device=compute.device)
         with _any_order():
-            for slots, part in zip([attended, *cache], [used.bool(), *parts], strict=True):
-                slots.narrow(-1 if slots is attended else 2, longest - width, width).index_copy_(0, rows, part.to(slots.dtype))
+            attended[:, longest - width : longest].index_copy_(0, rows, used.bool())
+            for slots, part in zip(cache, parts, strict=True):
+                slots[:, :, longest - width : longest].index_copy_(0, rows, part.to(slots.dtype))
         logits.append(found)
         order += group
     back = torch.tensor(order, device=compute.device).argsort()

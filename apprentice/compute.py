@@ -28,7 +28,7 @@ def keep_nothing(make: Callable[[], Piece]) -> Piece:
 @dataclass(frozen=True)
 class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
-    cache while sampling; attention, gradient checkpointing and packing as in params. `keep` makes each piece of sampling and
+    cache while sampling; sampler, attention, gradient checkpointing and packing as in params. `keep` makes each piece of sampling and
     scoring, or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same
     order again, so never while a model is trained. `team`: the processes that share each batch and all pieces. `sharding`: each
     holds a part of every model."""
@@ -38,6 +38,7 @@ class Compute:
     forward_tokens: int = 1024
     cache_tokens: int = 65536
     keep: Callable[[Callable[[], Piece]], Piece] = keep_nothing
+    sampler: str = "own"
     attention: str = "auto"
     gradient_checkpointing: bool = False
     packing: bool = False
@@ -153,6 +154,7 @@ def resolve(config: ComputeConfig) -> Compute:
         torch.bfloat16 if bf16 else torch.float32,
         config.forward_tokens or (1024 if kind == "cpu" else 16384),
         config.cache_tokens,
+        sampler=config.sampler,
         attention=config.attention,
         gradient_checkpointing=config.gradient_checkpointing,
         packing=config.packing,

@@ -92,6 +92,9 @@ def footprint(
     certain = -(-(TRAINED * own + held) // processes)
     numbers = max(shape.layers * shape.cache_width for shape in [*trained, *frozen]) * compute.cache_tokens
     cache = numbers * compute.dtype.itemsize if samples else 0
+    if samples and compute.sampler == "vllm":  # which keeps its copy and its cache throughout
+        certain += cache + compute.dtype.itemsize * max(shape.parameters + shape.trunk for shape in [*trained, *frozen])
+        cache = 0
     work = _sharded(trained, frozen, compute, cache) if processes > 1 else _whole(trained, frozen, compute, cache)
     outputs = 2 * FROZEN * max((shape.parameters + shape.trunk for shape in trained), default=0)
     outputs += 2 * FROZEN * written * max((shape.parameters for shape in frozen), default=0)

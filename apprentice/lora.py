@@ -130,6 +130,15 @@ class Trunk:
                 parameter.requires_grad_(True)
         self._active = name
 
+    @torch.no_grad()
+    def weights_with(self, name: str | None) -> Iterator[tuple[str, Tensor]]:
+        """What an adapter makes of the trunk's weights, by the names that they have in a checkpoint; the trunk stays as it is."""
+        for path, weight in self.model.named_parameters():
+            if ".lora_" not in path:
+                layer = self._layers.get(path.removesuffix(".base_layer.weight"))
+                added = 0.0 if layer is None or name is None else layer.get_delta_weight(name)
+                yield path.replace(".base_layer.", "."), weight.detach() + added
+
     def merge(self, name: str) -> PreTrainedModel:
         """The plain model that an adapter makes; the trunk is used up, so that no copy of it is needed."""
         self.activate(name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apprentice.advantages import explained_variance, gae, mean_per_response
+from apprentice.advantages import explained_variance, gae, importance_weights, mean_per_response
 from apprentice.compute import Compute
 from apprentice.health import signs
 from apprentice.losses import Loss, clipped_policy_loss, value_loss
@@ -27,6 +27,7 @@ from apprentice.sections import PPOConfig
 from apprentice.sharding import gathered
 from apprentice.tokens import Batch
 
+WEIGHT_CAP = 2.0  # of a token that another program sampled
 LEARNT = ("policy_loss", "approx_kl", "clip_fraction", "value_loss", "entropy", "grad_norm")  # of a row, from the updates
 
 
@@ -184,6 +185,11 @@ class PPO:
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
         trusted = float(raw.std(correction=0)) >= config.reward_std_floor
         advantages = whiten(advantages, mask) if config.whiten and trusted else advantages / self.value_scale
+        by_sampler = {}
+        if rollout.sampler_logps is not None:
+            advantages = advantages * importance_weights(old_logps, rollout.sampler_logps, mask, WEIGHT_CAP)
+            difference = (rollout.sampler_logps - old_logps) * mask
+            by_sampler = {"sampler_kl": mean_per_response(difference, mask), "sampler_gap": float(difference.abs().max())}
         row = {
             "reward": float(raw.mean()),
             "reward_std": float(raw.std(correction=0)),
@@ -195,6 +201,7 @@ class PPO:
             "explained_variance": explained_variance(values, returns, mask),
             "length": float(batch.response_lengths.float().mean()),
             "eos_rate": float(rollout.ended.float().mean()),
+            **by_sampler,
         }
         scale = self.value_scale
         return row, Experience(batch, mask, old_logps, values / scale, advantages, returns / scale)

@@ -1,9 +1,11 @@
 """One sampler for every stage: batched, cached, log-probabilities recorded on the way, finished rows leave the batch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +14,13 @@ from transformers import PreTrainedModel
 from apprentice.compute import CPU, Compute
 from apprentice.decoding import Draws, Rows, prefill, record, uniforms
 from apprentice.layers import attention_to_slots, weights_as_cast
+from apprentice.policy import score
 from apprentice.replay import stepping
 from apprentice.sharding import gathered
 from apprentice.tokens import Batch, collate
+
+if TYPE_CHECKING:
+    from apprentice.engine import Engine
 
 LEAVE_SHARE = {"cpu": 0.1, "cuda": 0.5, "mps": 0.1}  # finished rows leave once they are this share: it copies the cache
 SLOTS = {"cpu": 16, "cuda": 256, "mps": 16}  # of the cache, added whenever all are full: it copies the cache
@@ -32,12 +38,14 @@ class Request:
 @dataclass(frozen=True)
 class Rollout:
     """Sampled responses. batch: prompts and responses. logps: [B, T] of the sampling distribution. ended: [B] bool, the end
-    token came before the limit; it is then the last response token. keys: the prompt's key of each row."""
+    token came before the limit; it is then the last response token. keys: the prompt's key of each row. sampler_logps: the
+    same as `logps` as another program computed them that drew the tokens, or None."""
 
     batch: Batch
     logps: Tensor
     ended: Tensor
     keys: Sequence[str]
+    sampler_logps: Tensor | None = None
 
     def response_ids(self) -> list[list[int]]:
         """Token ids of each response, the end token left out where there is one."""
@@ -70,27 +78,49 @@ def sample(
     responses: list[list[int]] = [[]] * len(requests)
     logps: list[Tensor] = [torch.empty(0)] * len(requests)
     widths = [len(request.prompt) + max_new_tokens for request in requests]
-    chunks = list(compute.padded_batches(widths, compute.cache_tokens))
-    makes = [
-        partial(_decode, model, [requests[row] for row in rows], seed, Draws(end, temperature), max_new_tokens, compute)
-        for rows in chunks
-    ]
-    with gathered(model), weights_as_cast(model, compute), attention_to_slots(model):
+    chunks, draws = list(compute.padded_batches(widths, compute.cache_tokens)), Draws(end, temperature)
+    with _decoder(model, compute) as decode:
+        makes = [partial(decode, [requests[row] for row in rows], seed, draws, max_new_tokens, compute) for rows in chunks]
         for rows, (tokens, scores, lengths) in zip(chunks, compute.pieces(makes), strict=True):
             for row, ids, values, n in zip(rows, tokens.tolist(), scores, lengths.tolist(), strict=True):
                 responses[row], logps[row] = ids[:n], values[:n].clone()
     batch = collate([request.prompt for request in requests], responses, end)
     ended = torch.tensor([ids[-1] == end for ids in responses])
     padded = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)
-    device = compute.device
-    return Rollout(batch.to(device), padded.to(device), ended.to(device), [request.key for request in requests])
+    device, keys = compute.device, [request.key for request in requests]
+    batch, padded, ended = batch.to(device), padded.to(device), ended.to(device)
+    if compute.sampler == "own":
+        return Rollout(batch, padded, ended, keys)
+    return Rollout(batch, score(model, batch, compute, temperature or 1.0), ended, keys, sampler_logps=padded)
+
+
+@contextmanager
+def _decoder(model: PreTrainedModel, compute: Compute) -> Iterator[Callable[..., list[Tensor]]]:
+    """What makes token ids (end token included) [B, T], their log-probabilities [B, T] and lengths [B] of requests, on the CPU."""
+    if compute.sampler == "vllm":
+        from apprentice.engine import engine_with
+
+        yield partial(_by_engine, cache(partial(engine_with, model, compute)))
+    else:
+        with gathered(model), weights_as_cast(model, compute), attention_to_slots(model):
+            yield partial(_decode, model)
+
+
+def _by_engine(
+    engine: "Callable[[], Engine]", requests: list[Request], seed: str, draws: Draws, limit: int, compute: Compute
+) -> list[Tensor]:
+    prompts, seeds = [request.prompt for request in requests], [row_key(seed, request) % 2**63 for request in requests]
+    drawn = engine().draw(prompts, seeds, end=draws.end, max_new_tokens=limit, temperature=draws.temperature)
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    lengths = torch.tensor([len(ids) for ids in drawn.ids])
+    ids = pad([torch.tensor(ids) for ids in drawn.ids], padding_value=draws.end)
+    return [ids, pad([torch.tensor(logps) for logps in drawn.logps]), lengths]
 
 
 @torch.inference_mode()  # here and not around `sample`, so that a rollout can be trained on
 def _decode(
     model: PreTrainedModel, requests: list[Request], seed: str, draws: Draws, limit: int, compute: Compute
 ) -> list[Tensor]:
-    """Token ids (end token included) [B, T], their log-probabilities [B, T] and lengths [B] for one chunk, on the CPU."""
     count = len(requests)
     tokens, logps = torch.full((count, limit), draws.end), torch.zeros(count, limit)
     lengths = torch.zeros(count, dtype=torch.long)

@@ -17,6 +17,7 @@ class ComputeConfig:
     sharding: bool
     forward_tokens: Count | None
     cache_tokens: Count
+    sampler: Literal["own", "vllm"]
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
     gradient_checkpointing: bool
     packing: bool

@@ -84,6 +84,8 @@ TRAINING = {
     "reward_symbol": "Part of the reward that falls on symbols.",
     "reward_eos": "Part of the reward that falls on the end-of-sequence token.",
     "kl_to_anchor": "KL to the model the penalty holds the policy to, per response; above `srppo.kl_stop` training ends.",
+    "sampler_kl": "KL of what vLLM samples from to the policy, in nats per response: rounding, and near zero if all is well.",
+    "sampler_gap": "Largest difference between vLLM's and our log-probability of a sampled token, in nats.",
     "gate": "Share of held-out demonstrations whose self-reward beats own samples; below one half it is no reward target.",
     "entropy": "Mean entropy of the policy per token, in nats; near zero it repeats one response.",
     "clip_fraction": "Share of tokens whose probability ratio left the clip range.",

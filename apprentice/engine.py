@@ -1,0 +1,166 @@
+"""vLLM as the sampler (`compute.sampler: vllm`): a process of its own, with a copy of the model that is sampled from.
+
+It has its own Python, since vLLM pins PyTorch and transformers. Weights go there through files, in the precision that is
+computed in, before each batch of rollouts; requests and responses through its standard input and output.
+"""
+
+import atexit
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from apprentice.compute import Compute
+from apprentice.footprint import shape_of
+from apprentice.lora import Role
+from apprentice.policy import weights
+
+PYTHON = "APPRENTICE_VLLM_PYTHON"  # the environment variable that names a Python with vLLM
+OWN_PYTHON = Path(__file__).parents[1] / ".vllm" / "bin" / "python"  # the one that `make vllm` makes
+PATIENCE = 10  # seconds that it has to end by itself
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """ids: the response to each request, the end token included. logps: of each token, as vLLM computed it."""
+
+    ids: list[list[int]]
+    logps: list[list[float]]
+
+
+class Engine:
+    """A running vLLM for models of one configuration. Raises RuntimeError, with the last of what it said, once it has died."""
+
+    def __init__(self, model: PreTrainedModel, compute: Compute) -> None:
+        self.place = tempfile.TemporaryDirectory(prefix="apprentice-vllm-")
+        folder = Path(self.place.name)
+        self.said = folder / "said.txt"
+        self.model_folder, self.compute = folder / "model", compute
+        self._write(model)
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(
+                [str(vllm_python()), str(Path(__file__).with_name("vllm_process.py")), json.dumps(self._settings(model))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                env=_environment(compute),
+                start_new_session=True,  # Ctrl-C is for the stage, which finishes its step
+            )
+        self.version, self.stale = self._read(), False
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, end: int, max_new_tokens: int, temperature: float
+    ) -> Drawn:
+        """A response to each prompt from the weights written last, each by its own seed."""
+        asked = {"reload": self.stale, "prompts": [list(ids) for ids in prompts], "seeds": list(seeds)}
+        line = json.dumps(asked | {"end": end, "limit": max_new_tokens, "temperature": temperature})
+        assert self.process.stdin
+        try:
+            print(line, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            raise self._death() from None
+        answers, self.stale = self._read(), False
+        return Drawn([ids for ids, _ in answers], [logps for _, logps in answers])
+
+    def load(self, model: PreTrainedModel) -> None:
+        """Sample from these weights from now on."""
+        self._write(model)
+        self.stale = True
+
+    def close(self) -> None:
+        """End the process, and remove the copy of the model."""
+        if self.process.stdin:
+            self.process.stdin.close()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.place.cleanup()
+
+    def _settings(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Arguments of vLLM's LLM: the cache has room for `cache_tokens`, and nothing is read but weights and configuration."""
+        compute, shape, text = self.compute, shape_of(model.config), model.config.get_text_config()
+        return {
+            "model": str(self.model_folder),
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "dtype": str(compute.dtype).removeprefix("torch."),
+            "max_model_len": min(getattr(text, "max_position_embeddings", compute.cache_tokens), compute.cache_tokens),
+            "kv_cache_memory_bytes": compute.cache_tokens * shape.layers * shape.cache_width * compute.dtype.itemsize,
+            "logprobs_mode": "processed_logprobs",
+            "enforce_eager": compute.device.type == "cpu",
+        }
+
+    def _write(self, model: PreTrainedModel) -> None:
+        tensors = {name: tensor.to("cpu", self.compute.dtype, copy=True) for name, tensor in _plain(model)}
+        whole = model.whole if isinstance(model, Role) else model
+        whole.save_pretrained(self.model_folder, state_dict=tensors)
+
+    def _read(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise self._death()
+        return json.loads(line)
+
+    def _death(self) -> RuntimeError:
+        code = self.process.wait()
+        last = "\n".join(self.said.read_text(errors="replace").splitlines()[-20:])
+        return RuntimeError(f"vLLM's process ended with {code}; set compute.sampler: own to do without it. It said last:\n{last}")
+
+
+_running: dict[str, Engine] = {}
+
+
+def engine_with(model: PreTrainedModel, compute: Compute) -> Engine:
+    """The engine of this process with a model's weights in it: one of the same configuration goes on, another one ends.
+
+    Raises ValueError for what is no single model (a mixture of several), and where there is no Python with vLLM.
+    """
+    if not isinstance(model, PreTrainedModel | Role):
+        raise ValueError(f"compute.sampler: vllm samples from one model, got {type(model).__name__}; set it to own")
+    key = f"{model.config.to_json_string()} {compute.device} {compute.dtype} {compute.cache_tokens}"
+    running = _running.get(key)
+    if running and running.process.poll() is None:
+        running.load(model)
+    else:
+        close_engine()
+        _running[key] = Engine(model, compute)
+    return _running[key]
+
+
+@atexit.register
+def close_engine() -> None:
+    """End the engine of this process, if there is one."""
+    while _running:
+        _running.popitem()[1].close()
+
+
+def vllm_python() -> Path:
+    """A Python that has vLLM. Raises ValueError where there is none."""
+    named = Path(os.environ.get(PYTHON) or OWN_PYTHON)
+    if not named.is_file():
+        raise ValueError(
+            f"compute.sampler: vllm needs a Python that has vLLM, and {named} is not there; run `make vllm`, or name one in {PYTHON}"
+        )
+    return named
+
+
+def _environment(compute: Compute) -> dict[str, str]:
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if compute.device.type == "cpu" else {}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | quiet | threads
+
+
+def _plain(model: PreTrainedModel) -> Iterable[tuple[str, torch.Tensor]]:
+    """The weights of a model by the names of its checkpoint; of a role those that its adapter makes."""
+    return model.trunk.weights_with(model.name) if isinstance(model, Role) else weights(model).items()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from apprentice.packing import Shelf
 from apprentice.sections import ComputeConfig
 from apprentice.team import ALONE, Team
 
+VLLM_PYTHON = "APPRENTICE_VLLM_PYTHON"  # the environment variable that names a Python with vLLM
+OWN_VLLM = Path(__file__).parents[1] / ".vllm" / "bin" / "python"  # the one that `make vllm` makes
 Piece = TypeVar("Piece")
 Part = TypeVar("Part")
 
@@ -28,10 +31,10 @@ def keep_nothing(make: Callable[[], Piece]) -> Piece:
 @dataclass(frozen=True)
 class Compute:
     """A resolved device and dtype; `forward_tokens` bounds rows times width of one forward pass, `cache_tokens` that of the
-    cache while sampling; sampler, attention, gradient checkpointing and packing as in params. `keep` makes each piece of sampling and
-    scoring, or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces in the same
-    order again, so never while a model is trained. `team`: the processes that share each batch and all pieces. `sharding`: each
-    holds a part of every model."""
+    cache while sampling; sampler, attention, gradient checkpointing and packing as in params. `keep` makes each piece of
+    sampling and scoring, or gives what an interrupted run made of it, then on the CPU: only for work that makes the same pieces
+    in the same order again, so never while a model is trained. `team`: the processes that share each batch and all pieces.
+    `sharding`: each holds a part of every model."""
 
     device: torch.device
     dtype: torch.dtype
@@ -121,7 +124,7 @@ def _place(made: Callable[[], list[Piece]], number: int) -> Piece:
 def set_up(config: ComputeConfig) -> Compute:
     """Resolve `auto`, set the threads, turn deterministic algorithms on for this process, and large pages for large tensors.
 
-    Raises ValueError when a named device is not there, or what flash attention needs.
+    Raises ValueError when a named device is not there, or what flash attention or vLLM needs.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
@@ -136,6 +139,8 @@ def set_up(config: ComputeConfig) -> Compute:
         raise ValueError(f"compute.device: expected a device of this machine ({', '.join(found)}), got {compute.device.type!r}")
     if compute.attention == "flash_attention_2":
         _check_flash(compute)
+    if compute.sampler == "vllm":
+        vllm_python()
     return compute
 
 
@@ -174,6 +179,17 @@ def _check_flash(compute: Compute) -> None:
             f"compute.attention: flash_attention_2 needs {', '.join(missing)}; take auto or sdpa, which has PyTorch's own "
             "flash kernels"
         )
+
+
+def vllm_python() -> Path:
+    """A Python that has vLLM. Raises ValueError where there is none."""
+    named = Path(os.environ.get(VLLM_PYTHON) or OWN_VLLM)
+    if not named.is_file():
+        raise ValueError(
+            f"compute.sampler: vllm needs a Python that has vLLM, and {named} is not there; run `make vllm`, or name one in "
+            f"{VLLM_PYTHON}"
+        )
+    return named
 
 
 CPU = Compute(torch.device("cpu"), torch.float32)

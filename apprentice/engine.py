@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from apprentice.compute import Compute
+from apprentice import vllm_process
+from apprentice.compute import Compute, vllm_python
 from apprentice.footprint import shape_of
 from apprentice.lora import Role
 from apprentice.policy import weights
 
-PYTHON = "APPRENTICE_VLLM_PYTHON"  # the environment variable that names a Python with vLLM
-OWN_PYTHON = Path(__file__).parents[1] / ".vllm" / "bin" / "python"  # the one that `make vllm` makes
+_WRITTEN = ("dtype", "architectures", "_name_or_path")  # entries of a configuration that saving a model adds
+ALWAYS_TIED = ("gemma", "gemma2")  # types of models whose head is the embedding in vLLM, whatever their configuration says
 PATIENCE = 10  # seconds that it has to end by itself
 
 
@@ -46,7 +48,7 @@ class Engine:
         self._write(model)
         with self.said.open("w") as said:
             self.process = subprocess.Popen(
-                [str(vllm_python()), str(Path(__file__).with_name("vllm_process.py")), json.dumps(self._settings(model))],
+                [str(vllm_python()), vllm_process.__file__, json.dumps(self._settings(model))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
@@ -101,9 +103,14 @@ class Engine:
         }
 
     def _write(self, model: PreTrainedModel) -> None:
-        tensors = {name: tensor.to("cpu", self.compute.dtype, copy=True) for name, tensor in _plain(model)}
         whole = model.whole if isinstance(model, Role) else model
+        tensors = {name: tensor.to("cpu", self.compute.dtype, copy=True) for name, tensor in _plain(model)}
+        head = _tied_head(whole) if self.compute.device.type == "cpu" else None
+        if head:  # on a CPU vLLM packs it, and reloads a tied one into the embedding alone
+            tensors[head] = tensors[_name_of(whole, whole.get_input_embeddings())].clone()
         whole.save_pretrained(self.model_folder, state_dict=tensors)
+        if head:
+            _change(self.model_folder / "config.json", tie_word_embeddings=False)
 
     def _read(self) -> Any:
         assert self.process.stdout
@@ -115,7 +122,9 @@ class Engine:
     def _death(self) -> RuntimeError:
         code = self.process.wait()
         last = "\n".join(self.said.read_text(errors="replace").splitlines()[-20:])
-        return RuntimeError(f"vLLM's process ended with {code}; set compute.sampler: own to do without it. It said last:\n{last}")
+        return RuntimeError(
+            f"vLLM's process ended with {code}; set compute.sampler: own to do without it. It said last:\n{last}"
+        )
 
 
 _running: dict[str, Engine] = {}
@@ -124,11 +133,12 @@ _running: dict[str, Engine] = {}
 def engine_with(model: PreTrainedModel, compute: Compute) -> Engine:
     """The engine of this process with a model's weights in it: one of the same configuration goes on, another one ends.
 
-    Raises ValueError for what is no single model (a mixture of several), and where there is no Python with vLLM.
+    Raises ValueError for what is no single model (a mixture of several).
     """
     if not isinstance(model, PreTrainedModel | Role):
         raise ValueError(f"compute.sampler: vllm samples from one model, got {type(model).__name__}; set it to own")
-    key = f"{model.config.to_json_string()} {compute.device} {compute.dtype} {compute.cache_tokens}"
+    form = {name: value for name, value in model.config.to_dict().items() if name not in _WRITTEN}
+    key = f"{form} {compute.device} {compute.dtype} {compute.cache_tokens}"
     running = _running.get(key)
     if running and running.process.poll() is None:
         running.load(model)
@@ -145,16 +155,6 @@ def close_engine() -> None:
         _running.popitem()[1].close()
 
 
-def vllm_python() -> Path:
-    """A Python that has vLLM. Raises ValueError where there is none."""
-    named = Path(os.environ.get(PYTHON) or OWN_PYTHON)
-    if not named.is_file():
-        raise ValueError(
-            f"compute.sampler: vllm needs a Python that has vLLM, and {named} is not there; run `make vllm`, or name one in {PYTHON}"
-        )
-    return named
-
-
 def _environment(compute: Compute) -> dict[str, str]:
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if compute.device.type == "cpu" else {}
@@ -164,3 +164,18 @@ def _environment(compute: Compute) -> dict[str, str]:
 def _plain(model: PreTrainedModel) -> Iterable[tuple[str, torch.Tensor]]:
     """The weights of a model by the names of its checkpoint; of a role those that its adapter makes."""
     return model.trunk.weights_with(model.name) if isinstance(model, Role) else weights(model).items()
+
+
+def _tied_head(model: PreTrainedModel) -> str | None:
+    """The name that the head's weight would have, where it is that of the embedding and need not be in vLLM."""
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    return _name_of(model, head) if tied and model.config.model_type not in ALWAYS_TIED else None
+
+
+def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
+
+
+def _change(config: Path, **entries: Any) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text()) | entries))

@@ -132,7 +132,7 @@ class Trunk:
 
     @torch.no_grad()
     def weights_with(self, name: str | None) -> Iterator[tuple[str, Tensor]]:
-        """What an adapter makes of the trunk's weights, by the names that they have in a checkpoint; the trunk stays as it is."""
+        """What an adapter makes of the trunk's weights, by their names in a checkpoint; the trunk stays as it is."""
         for path, weight in self.model.named_parameters():
             if ".lora_" not in path:
                 layer = self._layers.get(path.removesuffix(".base_layer.weight"))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from apprentice.compute import CPU, Compute
 from apprentice.decoding import Draws, Rows, prefill, record, uniforms
 from apprentice.layers import attention_to_slots, weights_as_cast
+from apprentice.masking import masked_mean
 from apprentice.policy import score
 from apprentice.replay import stepping
 from apprentice.sharding import gathered
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from apprentice.engine import Engine
 
 LEAVE_SHARE = {"cpu": 0.1, "cuda": 0.5, "mps": 0.1}  # finished rows leave once they are this share: it copies the cache
+STRAYED = 0.5  # nats a token between the log-probabilities of model and vLLM, above which they are not of one model
 SLOTS = {"cpu": 16, "cuda": 256, "mps": 16}  # of the cache, added whenever all are full: it copies the cache
 
 
@@ -91,12 +93,18 @@ def sample(
     batch, padded, ended = batch.to(device), padded.to(device), ended.to(device)
     if compute.sampler == "own":
         return Rollout(batch, padded, ended, keys)
-    return Rollout(batch, score(model, batch, compute, temperature or 1.0), ended, keys, sampler_logps=padded)
+    own = score(model, batch, compute, temperature or 1.0)
+    if (strayed := float(masked_mean((own - padded).abs(), batch.mask))) > STRAYED:
+        raise RuntimeError(
+            f"vLLM's log-probabilities are {strayed:.2g} nats a token from those of the model, where rounding makes less than "
+            f"{STRAYED}: it samples from another model; set compute.sampler: own"
+        )
+    return Rollout(batch, own, ended, keys, sampler_logps=padded)
 
 
 @contextmanager
 def _decoder(model: PreTrainedModel, compute: Compute) -> Iterator[Callable[..., list[Tensor]]]:
-    """What makes token ids (end token included) [B, T], their log-probabilities [B, T] and lengths [B] of requests, on the CPU."""
+    """What makes of requests token ids (end token included) [B, T], log-probabilities [B, T] and lengths [B], on the CPU."""
     if compute.sampler == "vllm":
         from apprentice.engine import engine_with
 

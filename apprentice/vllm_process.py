@@ -31,14 +31,21 @@ def answer(
         engine.reset_prefix_cache()
     settings = [
         vllm.SamplingParams(
-            temperature=temperature, seed=seed, max_tokens=limit, stop_token_ids=[end], ignore_eos=True, logprobs=0, detokenize=False
+            temperature=temperature,
+            seed=seed,
+            max_tokens=limit,
+            stop_token_ids=[end],
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
         )
         for seed in seeds
     ]
     found = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
     drawn = [each.outputs[0] for each in found]
     return [
-        [list(one.token_ids), [at[token].logprob for token, at in zip(one.token_ids, one.logprobs, strict=True)]] for one in drawn
+        [list(one.token_ids), [at[token].logprob for token, at in zip(one.token_ids, one.logprobs, strict=True)]]
+        for one in drawn
     ]
 
 

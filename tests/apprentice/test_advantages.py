@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apprentice.advantages import explained_variance, gae, mean_per_response, mean_per_token
+from apprentice.advantages import explained_variance, gae, importance_weights, mean_per_response, mean_per_token
 from apprentice.masking import length_mask
 from apprentice.rewards import place
 from tests.apprentice.toys import END, Tabular, enumerate_responses
@@ -26,6 +26,15 @@ def naive(rewards: list[float], values: list[float], gamma: float, decay: float)
     following = [*values[1:], 0.0]
     deltas = [rewards[t] + gamma * following[t] - values[t] for t in range(size)]
     return [sum((gamma * decay) ** (k - t) * deltas[k] for k in range(t, size)) for t in range(size)]
+
+
+def test_importance_weights_by_hand() -> None:
+    """Probabilities .5 for .4, .6 for .2 (3, cut to 2), .1 for .2, and padding."""
+    logps, sampler = torch.tensor([[0.5, 0.6, 0.1, 1.0]]).log(), torch.tensor([[0.4, 0.2, 0.2, 0.5]]).log()
+    found = importance_weights(logps, sampler, torch.tensor([[True, True, True, False]]), cap=2.0)
+    assert torch.allclose(found, torch.tensor([[1.25, 2.0, 0.5, 0.0]]))
+    with pytest.raises(ValueError, match="sampler_logps"):
+        importance_weights(logps, sampler[:, :3], torch.ones(1, 4), cap=2.0)
 
 
 def test_three_tokens_by_hand() -> None:

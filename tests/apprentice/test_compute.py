@@ -25,6 +25,7 @@ def section(**changes: Any) -> ComputeConfig:
         "sharding": False,
         "forward_tokens": 8,
         "cache_tokens": 9,
+        "sampler": "own",
     }
     return ComputeConfig(**{**entries, "attention": "auto", "gradient_checkpointing": False, "packing": False, **changes})
 
@@ -60,6 +61,18 @@ def test_micro_batches_by_hand() -> None:
     assert list(Compute(CPU.device, CPU.dtype, 12).micro_batches([4, 1, 9, 3, 4])) == [[2], [0, 4, 3], [1]]
     assert list(Compute(CPU.device, CPU.dtype, 1).padded_batches([4, 1, 9, 3, 4], 12)) == [[2], [0, 4, 3], [1]]
     assert list(CPU.micro_batches([])) == []
+
+
+def test_without_a_python_that_has_vllm_sampling_by_it_is_refused_before_work(
+    torch_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("APPRENTICE_VLLM_PYTHON", str(tmp_path / "python"))
+    with pytest.raises(
+        ValueError, match=rf"vllm needs a Python that has vLLM, and {tmp_path}/python is not there; run `make vllm`"
+    ):
+        set_up(section(sampler="vllm"))
+    (tmp_path / "python").touch()
+    assert set_up(section(sampler="vllm")).sampler == "vllm"
 
 
 def test_set_up_on_a_cpu(torch_settings: None) -> None:

@@ -63,6 +63,10 @@ def test_a_wrong_entry_is_named(params: Callable[..., Params], key: str, value: 
             "compute.sharding: expected lora.rank 0, for the trunk under adapters is not spread; got 8",
         ),
         (
+            {"compute.sampler": "vllm", "compute.processes": 2},
+            "compute.sampler: expected compute.processes 1 with vllm, which samples for one process; got 2",
+        ),
+        (
             {"bt_reward.prompt_offset": 0.5},
             "bt_reward.prompt_offset: expected 0 with bt_reward.objective: pairs, for it cancels between two responses to one "
             "prompt; got 0.5",

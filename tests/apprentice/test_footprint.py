@@ -105,6 +105,14 @@ def test_mixed_precision_by_hand() -> None:
     assert sampling.memory == found.certain + 2 * 1000 + 2 * 16 * 1000 * 2
 
 
+def test_vllm_has_a_copy_and_its_cache_throughout_by_hand() -> None:
+    """4000 bytes of the largest model and the cache of 2 * 16 * 1000 * 4, beside a pass of 10 * 50 * 4 * (1 + 3) + 6080."""
+    compute = dataclasses.replace(COMPUTE, cache_tokens=1000, sampler="vllm")
+    found = footprint([], [SPREAD, SMALLER], compute, samples=True)
+    assert (found.certain, found.memory) == (4040 + 4000 + 128000, 4040 + 4000 + 128000 + 8000 + 6080)
+    assert footprint([], [SPREAD, SMALLER], compute, samples=False).certain == 4040
+
+
 def test_a_shape_counts_what_the_model_has_tied_weights_once() -> None:
     model = tiny_llama(0, vocab=12, num_key_value_heads=1)
     expected = sum(parameter.numel() for parameter in model.parameters())

@@ -57,6 +57,19 @@ def sft(tmp_path: Path) -> Path:
     return tmp_path / "sft"
 
 
+def test_the_weights_with_an_adapter_are_those_of_the_merged_model_and_the_trunk_stays() -> None:
+    role, other = stirred(trunk().train()), stirred(trunk().train())
+    before = logits(role)
+    found = dict(role.trunk.weights_with(role.name))
+    assert torch.equal(logits(role), before)
+    bare = dict(role.trunk.weights_with(None))
+    plain, merged = weights(tiny_llama(0)), weights(other.trunk.merge(str(other.name)))
+    assert list(found) == list(merged) == list(bare)
+    assert all(torch.equal(bare[name], plain[name]) for name in plain)
+    assert all(torch.allclose(found[name], merged[name], atol=1e-6) for name in merged)
+    assert any(not torch.equal(found[name], plain[name]) for name in plain)
+
+
 def test_a_new_role_is_the_trunk_until_it_is_trained() -> None:
     one = trunk()
     role, plain = one.train(), logits(tiny_llama(0))

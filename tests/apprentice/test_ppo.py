@@ -454,7 +454,7 @@ def test_what_another_program_sampled_is_weighed_by_policy_over_sampler() -> Non
     expected = torch.tensor([[min(math.exp(-x), 2.0) for x in row] for row in off.tolist()])
     assert torch.allclose(found.advantages, plain.advantages * expected, atol=1e-6)
     assert torch.equal(found.returns, plain.returns) and torch.equal(found.old_logps, plain.old_logps)
-    assert figures["sampler_kl"] == pytest.approx(float(off[mask].sum()) / 32, abs=1e-5)
+    assert figures["sampler_kl"] == pytest.approx(float(off[mask.bool()].sum()) / 32, abs=1e-5)
     assert figures["sampler_gap"] == pytest.approx(5.0)
 
 

@@ -41,7 +41,7 @@ class Engine:
     """A running vLLM for models of one configuration. Raises RuntimeError, with the last of what it said, once it has died."""
 
     def __init__(self, model: PreTrainedModel, compute: Compute) -> None:
-        self.place = tempfile.TemporaryDirectory(prefix="apprentice-vllm-")
+        self.place = tempfile.TemporaryDirectory(prefix="apprentice-vllm-", ignore_cleanup_errors=True)
         folder = Path(self.place.name)
         self.said = folder / "said.txt"
         self.model_folder, self.compute = folder / "model", compute
@@ -98,6 +98,7 @@ class Engine:
             "dtype": str(compute.dtype).removeprefix("torch."),
             "max_model_len": min(getattr(text, "max_position_embeddings", compute.cache_tokens), compute.cache_tokens),
             "kv_cache_memory_bytes": compute.cache_tokens * shape.layers * shape.cache_width * compute.dtype.itemsize,
+            "gpu_memory_utilization": 0.01,  # only asked for before it starts, where the cache has its size: the rest is taken
             "logprobs_mode": "processed_logprobs",
             "enforce_eager": compute.device.type == "cpu",
         }

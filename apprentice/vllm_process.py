@@ -2,11 +2,14 @@
 
 Its argument is what vLLM's `LLM` is made with, as JSON. Each line of its input is a batch as JSON, each line of its output the
 answer; what vLLM prints goes to the standard error.
+When the input ends, as it does when its caller was killed, it removes the folder that the model's lies in.
 """
 
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -16,10 +19,12 @@ def main() -> None:
     os.dup2(2, 1)
     import vllm
 
-    engine = vllm.LLM(**json.loads(sys.argv[1]))
+    settings = json.loads(sys.argv[1])
+    engine = vllm.LLM(**settings)
     print(json.dumps(vllm.__version__), file=answers)
     for line in sys.stdin:
         print(json.dumps(answer(vllm, engine, **json.loads(line))), file=answers)
+    shutil.rmtree(Path(settings["model"]).parent, ignore_errors=True)
 
 
 def answer(

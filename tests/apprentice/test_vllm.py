@@ -157,19 +157,20 @@ def test_what_it_cannot_run_is_told_in_its_words() -> None:
 def test_it_ends_with_the_process_that_started_it() -> None:
     program = (
         "from tests.apprentice.test_vllm import *; policy = model(); drawn(policy); "
-        "print(engine_with(policy, VLLM).process.pid, flush=True); time.sleep(600)"
+        "running = engine_with(policy, VLLM); print(running.process.pid, running.place.name, flush=True); time.sleep(600)"
     )
     place = Path(engine.__file__).parents[1]
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=place)
     assert parent.stdout
-    group = int(parent.stdout.readline())
+    group, folder = parent.stdout.readline().split()
+    assert _members(group) and Path(folder).is_dir()
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 60
     while _members(group) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not _members(group)
+    assert not _members(group) and not Path(folder).exists()
 
 
-def _members(group: int) -> list[str]:
-    return subprocess.run(["ps", "-o", "pid=", "-g", str(group)], capture_output=True, text=True).stdout.split()
+def _members(group: str) -> list[str]:
+    return subprocess.run(["ps", "-o", "pid=", "-g", group], capture_output=True, text=True).stdout.split()

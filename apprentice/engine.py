@@ -38,7 +38,7 @@ class Drawn:
 
 
 class Engine:
-    """A running vLLM for models of one configuration. Raises RuntimeError, with the last of what it said, once it has died."""
+    """A running vLLM for models of one configuration. Raises RuntimeError, with the errors that it told, once it has died."""
 
     def __init__(self, model: PreTrainedModel, compute: Compute) -> None:
         self.place = tempfile.TemporaryDirectory(prefix="apprentice-vllm-", ignore_cleanup_errors=True)
@@ -91,16 +91,22 @@ class Engine:
     def _settings(self, model: PreTrainedModel) -> dict[str, Any]:
         """Arguments of vLLM's LLM: the cache has room for `cache_tokens`, and nothing is read but weights and configuration."""
         compute, shape, text = self.compute, shape_of(model.config), model.config.get_text_config()
+        longest = min(getattr(text, "max_position_embeddings", compute.cache_tokens), compute.cache_tokens)
+        on_cpu = {  # whole prompts: of one that is read in parts its CPU code loses the seed, and fails
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(longest, compute.forward_tokens),
+        }
         return {
             "model": str(self.model_folder),
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "dtype": str(compute.dtype).removeprefix("torch."),
-            "max_model_len": min(getattr(text, "max_position_embeddings", compute.cache_tokens), compute.cache_tokens),
+            "max_model_len": longest,
             "kv_cache_memory_bytes": compute.cache_tokens * shape.layers * shape.cache_width * compute.dtype.itemsize,
             "gpu_memory_utilization": 0.01,  # only asked for before it starts, where the cache has its size: the rest is taken
             "logprobs_mode": "processed_logprobs",
-            "enforce_eager": compute.device.type == "cpu",
+            **(on_cpu if compute.device.type == "cpu" else {}),
         }
 
     def _write(self, model: PreTrainedModel) -> None:
@@ -122,10 +128,9 @@ class Engine:
 
     def _death(self) -> RuntimeError:
         code = self.process.wait()
-        last = "\n".join(self.said.read_text(errors="replace").splitlines()[-20:])
-        return RuntimeError(
-            f"vLLM's process ended with {code}; set compute.sampler: own to do without it. It said last:\n{last}"
-        )
+        lines = self.said.read_text(errors="replace").splitlines()
+        told = "\n".join(([line for line in lines if "Error" in line] or lines)[-5:])
+        return RuntimeError(f"vLLM's process ended with {code}; set compute.sampler: own to do without it. It said:\n{told}")
 
 
 _running: dict[str, Engine] = {}

@@ -87,6 +87,12 @@ def test_log_probabilities_are_those_of_the_policy_and_draws_follow_the_seed(tem
     assert len({tuple(ids) for ids in of_one.response_ids()}) > 4, "samples of one prompt differ"
 
 
+def test_more_than_fits_in_a_pass_or_in_the_cache_is_drawn_in_turn() -> None:
+    policy = model()
+    found = drawn(policy, [Request([number % 11 + 1, *LONG], str(number)) for number in range(60)])
+    assert len(found.response_ids()) == 60 and 0 < gap(found) < 1e-4
+
+
 def test_first_tokens_are_distributed_as_the_policy_says() -> None:
     policy, count = model(), 1500
     found = drawn(policy, [Request([0, 5, 7], "a", number) for number in range(count)])

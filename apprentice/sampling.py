@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from apprentice.attention import attention_to_slots
 from apprentice.compute import CPU, Compute
 from apprentice.decoding import Draws, Rows, prefill, record, uniforms
-from apprentice.layers import attention_to_slots, weights_as_cast
+from apprentice.layers import weights_as_cast
 from apprentice.masking import masked_mean
 from apprentice.policy import score
 from apprentice.replay import stepping
@@ -110,7 +111,7 @@ def _decoder(model: PreTrainedModel, compute: Compute) -> Iterator[Callable[...,
 
         yield partial(_by_engine, cache(partial(engine_with, model, compute)))
     else:
-        with gathered(model), weights_as_cast(model, compute), attention_to_slots(model):
+        with gathered(model), weights_as_cast(model, compute), attention_to_slots(model, compute):
             yield partial(_decode, model)
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from apprentice import decoding
 from apprentice.policy import Critic, response_scores, score, values_of
 from apprentice.sampling import Request, Rollout, sample
 from tests.apprentice.families import FAMILIES, tiny
@@ -33,24 +32,6 @@ def test_recorded_logps_are_those_of_the_training_forward(model: PreTrainedModel
         size, ids = int(rollout.batch.response_lengths[row]), rollout.batch.responses[row].tolist()
         wanted = naive_logps(model, PROMPTS[row % 5], ids[:size])
         assert rollout.logps[row, :size].tolist() == pytest.approx(wanted, abs=1e-4)
-
-
-def test_a_mask_made_for_all_layers_is_the_one_that_transformers_makes(
-    model: PreTrainedModel, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoding, "WHOLE_MASKS", ())
-    asked = [Request(PROMPTS[i % 5], f"key {i % 5}", i // 5) for i in range(30)]
-    found = sample(model, asked, seed="0", end=END, max_new_tokens=12)
-    assert torch.equal(found.batch.ids, rollout.batch.ids) and torch.equal(found.logps, rollout.logps)
-
-
-def test_windows_and_kernels_with_masks_of_their_own_get_theirs() -> None:
-    takes = {family: decoding._takes_whole_masks(tiny(family)) for family in FAMILIES}
-    assert takes == {"qwen2": True, "llama": True, "gemma2": False, "gemma3": False, "gpt2": True}
-    windowed, eager = tiny("qwen2"), tiny("llama")
-    windowed.config.layer_types = ["full_attention", "sliding_attention"]
-    eager.config._attn_implementation = "eager"
-    assert not decoding._takes_whole_masks(windowed) and not decoding._takes_whole_masks(eager)
 
 
 def test_padding_and_batch_mates_change_nothing(model: PreTrainedModel, rollout: Rollout) -> None:

@@ -1,4 +1,4 @@
-"""Attention by another kernel, activations computed again: the same numbers, less memory, refusals in a line."""
+"""Activations computed again: the same numbers, less memory, refusals in a line."""
 
 import dataclasses
 
@@ -6,20 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apprentice.compute import CPU, Compute
+from apprentice.compute import CPU
 from apprentice.layers import set_layers
-from apprentice.policy import Critic, load_policy, response_scores, save_policy, score
+from apprentice.policy import Critic, load_policy, response_scores, save_policy
 from apprentice.sampling import Request, sample
-from apprentice.tilt import Tilt
 from apprentice.tokens import Batch, train_word_tokenizer
 from tests.apprentice.families import FAMILIES, tiny
 from tests.apprentice.toys import END, demonstrations, gradient, relative_error
 
 AGAIN = dataclasses.replace(CPU, gradient_checkpointing=True)
-
-
-def by(name: str) -> Compute:
-    return dataclasses.replace(CPU, attention=name)
 
 
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
@@ -52,22 +47,6 @@ def test_activations_computed_again_give_the_same_gradients_from_less_memory(fam
     assert torch.equal(plain.logps, again.logps), "sampling keeps its cache"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_sampling_takes_another_kernel_than_flash_attention(family: str) -> None:
-    """Which is not to be had here: a pass by it would fail."""
-    asked = [Request([1, 2, 5], "k", n) for n in range(8)]
-    model, both = tiny(family), Tilt(tiny(family), tiny(family, seed=1), 1.0)
-    for sampled, parts in ((model, [model]), (both, [both.target, both.baseline])):
-        wanted = sample(sampled, asked, seed="0", end=END, max_new_tokens=6)
-        for part in parts:
-            part.config._attn_implementation = "flash_attention_2"
-        found = sample(sampled, asked, seed="0", end=END, max_new_tokens=6)
-        assert torch.equal(found.logps, wanted.logps)
-        assert all(part.config._attn_implementation == "flash_attention_2" for part in parts)
-        with pytest.raises(Exception, match=r"kernels|flash"):
-            score(parts[0], found.batch)
-
-
 def test_a_copy_of_such_a_model_trains_its_own_layers() -> None:
     batch, model = demonstrations(5, seed=0, vocab=40), set_layers(tiny("llama"), AGAIN)
     critic = Critic(model)
@@ -91,21 +70,6 @@ def test_a_folder_is_loaded_so_and_saved_as_ever(tmp_path) -> None:
     save_policy(loaded, tokenizer, tmp_path / "again", "")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-
-
-@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3", "gpt2"])
-def test_either_attention_gives_the_same_scores(family: str) -> None:
-    batch = demonstrations(9, seed=1, vocab=40)
-    eager, sdpa = (set_layers(tiny(family), by(name)) for name in ("eager", "sdpa"))
-    assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
-    assert torch.allclose(score(eager, batch), score(sdpa, batch), atol=1e-4)
-
-
-def test_an_attention_that_a_model_cannot_take_is_refused() -> None:
-    """PyTorch's fused attention has no soft cap."""
-    with pytest.raises(ValueError, match=r"compute\.attention: Gemma2ForCausalLM cannot take sdpa; auto takes what it can"):
-        set_layers(tiny("gemma2"), by("sdpa"))
-    assert set_layers(tiny("gemma2"), by("eager")).config._attn_implementation == "eager"
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

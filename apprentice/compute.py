@@ -1,6 +1,7 @@
 """Where and how tensors are computed: device, precision, threads, determinism, and the budget of one forward pass."""
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -96,6 +97,17 @@ class Compute:
     def padded_batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
         """The same of rows that are padded and never packed, within `budget` tokens (None: `forward_tokens`)."""
         return _groups(lengths, budget or self.forward_tokens)
+
+    def sampling_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The same of rows to sample from, within `cache_tokens`. Where no piece is kept, as many as keep the whole team at work
+        until the last; kept ones are those of any number of processes."""
+        groups = list(self.padded_batches(lengths, self.cache_tokens))
+        if self.team.size == 1 or self.keep is not keep_nothing:
+            return groups
+        most = -(-len(groups) // self.team.size) * self.team.size
+        budgets = range(max(lengths), self.cache_tokens)
+        least = bisect_left(budgets, True, key=lambda budget: len(list(self.padded_batches(lengths, budget))) <= most)
+        return list(self.padded_batches(lengths, budgets[least])) if least < len(budgets) else groups
 
     @property
     def one_row(self) -> bool:

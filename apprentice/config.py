@@ -41,11 +41,8 @@ def _check_together(params: Params) -> None:
         raise ParamsError(
             f"compute.sharding: expected lora.rank 0, for the trunk under adapters is not spread; got {params.lora.rank}"
         )
-    if params.compute.sampler == "vllm" and params.compute.processes > 1:
-        raise ParamsError(
-            "compute.sampler: expected compute.processes 1 with vllm, which samples for one process; got "
-            f"{params.compute.processes}"
-        )
+    if params.compute.sampler == "vllm" and params.compute.sharding:
+        raise ParamsError("compute.sampler: expected compute.sharding false with vllm, which takes whole models; got true")
     if pretrain.hidden_size % pretrain.heads:
         raise ParamsError(
             f"pretrain.hidden_size: expected a multiple of pretrain.heads ({pretrain.heads}), got {pretrain.hidden_size}"

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from apprentice import vllm_process
 from apprentice.compute import Compute, vllm_python
@@ -24,7 +26,7 @@ from apprentice.footprint import shape_of
 from apprentice.lora import Role
 from apprentice.policy import weights
 
-_WRITTEN = ("dtype", "architectures", "_name_or_path")  # entries of a configuration that saving a model adds
+_WRITTEN = ("dtype", "architectures", "_name_or_path")  # entries of a configuration that saving a model elsewhere adds
 ALWAYS_TIED = ("gemma", "gemma2")  # types of models whose head is the embedding in vLLM, whatever their configuration says
 PATIENCE = 10  # seconds that it has to end by itself
 
@@ -113,11 +115,13 @@ class Engine:
         whole = model.whole if isinstance(model, Role) else model
         tensors = {name: tensor.to("cpu", self.compute.dtype, copy=True) for name, tensor in _plain(model)}
         head = _tied_head(whole) if self.compute.device.type == "cpu" else None
+        entries = whole.config.to_dict() | {"architectures": [type(whole).__name__]}
         if head:  # on a CPU vLLM packs it, and reloads a tied one into the embedding alone
             tensors[head] = tensors[_name_of(whole, whole.get_input_embeddings())].clone()
-        whole.save_pretrained(self.model_folder, state_dict=tensors)
-        if head:
-            _change(self.model_folder / "config.json", tie_word_embeddings=False)
+            entries["tie_word_embeddings"] = False
+        self.model_folder.mkdir(exist_ok=True)  # by hand, since save_pretrained writes in the first process of a team alone
+        save_file(revert_weight_conversion(whole, tensors), self.model_folder / "model.safetensors", {"format": "pt"})
+        (self.model_folder / "config.json").write_text(json.dumps(entries))
 
     def _read(self) -> Any:
         assert self.process.stdout
@@ -162,9 +166,14 @@ def close_engine() -> None:
 
 
 def _environment(compute: Compute) -> dict[str, str]:
+    """Of this process, without its path of modules; what vLLM sees of the machine is what this process of a team has of it."""
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if compute.device.type == "cpu" else {}
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | quiet | threads
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = {
+        "cpu": {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        "cuda": {"CUDA_VISIBLE_DEVICES": seen.split(",")[compute.team.rank] if seen else str(compute.team.rank)},
+    }
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | quiet | own[compute.device.type]
 
 
 def _plain(model: PreTrainedModel) -> Iterable[tuple[str, torch.Tensor]]:
@@ -181,7 +190,3 @@ def _tied_head(model: PreTrainedModel) -> str | None:
 
 def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
     return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
-
-
-def _change(config: Path, **entries: Any) -> None:
-    config.write_text(json.dumps(json.loads(config.read_text()) | entries))

@@ -81,7 +81,7 @@ def sample(
     responses: list[list[int]] = [[]] * len(requests)
     logps: list[Tensor] = [torch.empty(0)] * len(requests)
     widths = [len(request.prompt) + max_new_tokens for request in requests]
-    chunks, draws = list(compute.padded_batches(widths, compute.cache_tokens)), Draws(end, temperature)
+    chunks, draws = compute.sampling_batches(widths), Draws(end, temperature)
     with _decoder(model, compute) as decode:
         makes = [partial(decode, [requests[row] for row in rows], seed, draws, max_new_tokens, compute) for rows in chunks]
         for rows, (tokens, scores, lengths) in zip(chunks, compute.pieces(makes), strict=True):

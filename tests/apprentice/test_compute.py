@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from apprentice import compute as module
 from apprentice.compute import CPU, Compute, resolve, set_up
 from apprentice.sections import ComputeConfig
+from apprentice.team import Team
 
 
 def section(**changes: Any) -> ComputeConfig:
@@ -61,6 +63,26 @@ def test_micro_batches_by_hand() -> None:
     assert list(Compute(CPU.device, CPU.dtype, 12).micro_batches([4, 1, 9, 3, 4])) == [[2], [0, 4, 3], [1]]
     assert list(Compute(CPU.device, CPU.dtype, 1).padded_batches([4, 1, 9, 3, 4], 12)) == [[2], [0, 4, 3], [1]]
     assert list(CPU.micro_batches([])) == []
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_rows_to_sample_are_shared_in_no_more_rounds_by_smaller_batches(lengths: list[int], budget: int, size: int) -> None:
+    alone = Compute(CPU.device, CPU.dtype, cache_tokens=budget)
+    whole, shared = alone.sampling_batches(lengths), replace(alone, team=Team(0, size)).sampling_batches(lengths)
+    assert sorted(row for group in shared for row in group) == list(range(len(lengths)))
+    assert -(-len(shared) // size) == -(-len(whole) // size)
+    most = [max(len(group) * max(lengths[row] for row in group) for group in groups) for groups in (shared, whole)]
+    assert most[0] <= most[1]
+    assert replace(alone, team=Team(0, size), keep=lambda make: make()).sampling_batches(lengths) == whole
+
+
+def test_rows_to_sample_by_hand() -> None:
+    # 3 batches of 4, 4 and 1 rows of 5 tokens would leave one of 4 processes idle and another with a row
+    four = Compute(CPU.device, CPU.dtype, cache_tokens=20, team=Team(0, 4))
+    assert [len(group) for group in four.sampling_batches([5] * 9)] == [3, 3, 3]
+    assert [len(group) for group in four.sampling_batches([5] * 8)] == [2, 2, 2, 2]
+    assert four.sampling_batches([30, 5]) == [[0], [1]], "a row that is too long stands alone"
 
 
 def test_without_a_python_that_has_vllm_sampling_by_it_is_refused_before_work(

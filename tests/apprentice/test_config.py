@@ -63,8 +63,8 @@ def test_a_wrong_entry_is_named(params: Callable[..., Params], key: str, value: 
             "compute.sharding: expected lora.rank 0, for the trunk under adapters is not spread; got 8",
         ),
         (
-            {"compute.sampler": "vllm", "compute.processes": 2},
-            "compute.sampler: expected compute.processes 1 with vllm, which samples for one process; got 2",
+            {"compute.sampler": "vllm", "compute.processes": 2, "compute.sharding": True},
+            "compute.sampler: expected compute.sharding false with vllm, which takes whole models; got true",
         ),
         (
             {"bt_reward.prompt_offset": 0.5},

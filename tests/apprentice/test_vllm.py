@@ -24,7 +24,9 @@ from apprentice.recorder import Recorder
 from apprentice.sampling import Request, Rollout, sample
 from apprentice.sections import LoRAConfig
 from apprentice.srppo import SelfRewardingPPO
+from apprentice.team import Team, join, leave
 from apprentice.tilt import Tilt
+from tests.apprentice.members import run_members
 from tests.apprentice.toys import END, VOCAB, pool, srppo_config, tiny_llama
 
 THERE = Path(os.environ.get(VLLM_PYTHON) or OWN_VLLM).is_file()
@@ -124,6 +126,35 @@ def test_ppo_on_its_rollouts_measures_the_mismatch_of_bfloat16_and_learns() -> N
     for row in rows:
         assert 0 < row["sampler_gap"] < 0.5 and abs(row["sampler_kl"]) < 0.1
         assert row["approx_kl"] > 0 and math.isfinite(row["policy_loss"])
+
+
+def _member(rank: int, size: int, folder: Path) -> None:
+    """One process of a team, with a vLLM of its own: all have all texts, each drew some."""
+    torch.set_num_threads(1)
+    compute = replace(VLLM, team=join(rank, size, f"file://{folder}/meeting", CPU.device, 240.0))
+    policy, drew = model(), list[int]()
+    draw = engine.Engine.draw
+    engine.Engine.draw = lambda self, prompts, *rest, **by: drew.append(len(prompts)) or draw(self, prompts, *rest, **by)
+    for _ in range(2):
+        theirs = drawn(policy, temperature=0.0, compute=compute)
+        assert theirs.response_ids() == drawn(policy, temperature=0.0, compute=CPU).response_ids() and gap(theirs) < 1e-4
+        policy.load_state_dict(model(6).state_dict())
+    assert all(0 < some < len(REQUESTS) for some in drew) and len(drew) == 2
+    leave()
+    close_engine()
+
+
+def test_each_process_of_a_team_has_its_own_and_draws_its_share(tmp_path: Path) -> None:
+    run_members(_member, 2, tmp_path)
+
+
+@pytest.mark.parametrize(("given", "own"), [(None, "1"), ("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")])
+def test_it_sees_the_device_of_its_process_alone(given: str | None, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    compute = replace(VLLM, device=torch.device("cuda"), team=Team(1, 2))
+    assert engine._environment(compute)["CUDA_VISIBLE_DEVICES"] == own
 
 
 def test_one_that_samples_from_other_weights_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,8 +99,8 @@ class Compute:
         return _groups(lengths, budget or self.forward_tokens)
 
     def sampling_batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The same of rows to sample from, within `cache_tokens`. Where no piece is kept, as many as keep the whole team at work
-        until the last; kept ones are those of any number of processes."""
+        """The same of rows to sample from, within `cache_tokens`; where no piece is kept, so many that the whole team is at
+        work to the end. Kept ones are the same for any number of processes."""
         groups = list(self.padded_batches(lengths, self.cache_tokens))
         if self.team.size == 1 or self.keep is not keep_nothing:
             return groups

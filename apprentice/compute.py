@@ -92,11 +92,15 @@ class Compute:
         """Split row numbers into groups of similar length, each within `forward_tokens` once laid out; longest group first."""
         if not self.packing:
             return self.padded_batches(lengths)
-        return _groups(lengths, self.forward_tokens, packing=True, width=self.forward_tokens if self.one_row else 0)
+        return _packed(lengths, self.forward_tokens, width=self.forward_tokens if self.one_row else 0)
 
     def padded_batches(self, lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
         """The same of rows that are padded and never packed, within `budget` tokens (None: `forward_tokens`)."""
-        return _groups(lengths, budget or self.forward_tokens)
+        rows = _longest_first(lengths)
+        while rows:
+            most = max(1, (budget or self.forward_tokens) // lengths[rows[0]])
+            yield rows[:most]
+            rows = rows[most:]
 
     def sampling_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The same of rows to sample from, within `cache_tokens`; where no piece is kept, so many that the whole team is at
@@ -115,19 +119,23 @@ class Compute:
         return self.attention == FLASH
 
 
-def _groups(lengths: Sequence[int], budget: int, packing: bool = False, width: int = 0) -> Iterator[list[int]]:
-    """Each group is laid on a shelf as wide as its longest row, or as `width`; a row that is not packed takes all of one."""
+def _packed(lengths: Sequence[int], budget: int, width: int) -> Iterator[list[int]]:
+    """Each group is laid on a shelf as wide as its longest row, or as `width`."""
     group, shelf = list[int](), Shelf(1)
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if group and not shelf.fits(lengths[row] if packing else shelf.width, budget // shelf.width):
+    for row in _longest_first(lengths):
+        if group and not shelf.fits(lengths[row], budget // shelf.width):
             yield group
             group = []
         if not group:
             shelf = Shelf(max(width, lengths[row]))
-        shelf.place(lengths[row] if packing else shelf.width)
+        shelf.place(lengths[row])
         group.append(row)
     if group:
         yield group
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
 
 
 def _place(made: Callable[[], list[Piece]], number: int) -> Piece:

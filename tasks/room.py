@@ -66,6 +66,8 @@ def check_shapes(
         f"needs about {size(needed)} more memory ({size(free_memory)} free) and {size(needs.disk)} of disk "
         f"({size(free_disk)} free)" + f", with models spread over {spread} processes" * (spread > 1)
     )
+    if samples and compute.sampler == "vllm":
+        stage.say("vLLM draws the samples; it starts with the first, half a minute or more before there is progress to show")
     held = "weights, gradients and optimizer" if trained else "the weights of its models"
     if certain > memory:
         raise StageError(

@@ -191,6 +191,12 @@ def test_what_may_not_fit_is_a_warning(
     assert "WARNING: that is more memory than is free" in capsys.readouterr().out
 
 
+def test_that_vllm_takes_a_while_to_start_is_said_where_it_samples(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    for sampler, samples, said in (("vllm", True, 1), ("vllm", False, 0), ("own", True, 0)):
+        check_room(stage, dataclasses.replace(CPU, sampler=sampler), [CONFIG], [], samples=samples)
+        assert capsys.readouterr().out.count("vLLM draws the samples; it starts with the first, half a minute or more") == said
+
+
 def groups(tmp_path: Path, line: str, files: dict[str, str]) -> list[tuple[int, int]]:
     """The limits of a process whose groups are `line`, of a mount with these files."""
     tmp_path.mkdir(exist_ok=True)

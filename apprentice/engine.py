@@ -173,7 +173,9 @@ def _environment(compute: Compute) -> dict[str, str]:
         "cpu": {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         "cuda": {"CUDA_VISIBLE_DEVICES": seen.split(",")[compute.team.rank] if seen else str(compute.team.rank)},
     }
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | quiet | own[compute.device.type]
+    return (
+        {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | quiet | own.get(compute.device.type, {})
+    )
 
 
 def _plain(model: PreTrainedModel) -> Iterable[tuple[str, torch.Tensor]]:

@@ -167,15 +167,14 @@ def close_engine() -> None:
 
 def _environment(compute: Compute) -> dict[str, str]:
     """Of this process, without its path of modules; what vLLM sees of the machine is what this process of a team has of it."""
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    own = {
-        "cpu": {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        "cuda": {"CUDA_VISIBLE_DEVICES": seen.split(",")[compute.team.rank] if seen else str(compute.team.rank)},
-    }
-    return (
-        {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | quiet | own.get(compute.device.type, {})
-    )
+    said = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    if compute.device.type == "cpu":
+        said["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    if compute.device.type == "cuda":
+        devices = said.get("CUDA_VISIBLE_DEVICES")
+        said["CUDA_VISIBLE_DEVICES"] = devices.split(",")[compute.team.rank] if devices else str(compute.team.rank)
+    return said
 
 
 def _plain(model: PreTrainedModel) -> Iterable[tuple[str, torch.Tensor]]:

@@ -155,6 +155,7 @@ def test_it_sees_the_device_of_its_process_alone(given: str | None, own: str, mo
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     compute = replace(VLLM, device=torch.device("cuda"), team=Team(1, 2))
     assert engine._environment(compute)["CUDA_VISIBLE_DEVICES"] == own
+    assert engine._environment(replace(compute, device=CPU.device)).get("CUDA_VISIBLE_DEVICES") == given
 
 
 def test_one_that_samples_from_other_weights_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

